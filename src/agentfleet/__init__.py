@@ -1,0 +1,1 @@
+"""agentfleet runs fleets of AI-agent instances: deploy, scale, watch, heal, upgrade, configure."""

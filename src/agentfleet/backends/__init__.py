@@ -1,0 +1,1 @@
+"""OBSERVE and ACT: where instances live. `base` holds the contract."""

@@ -1,0 +1,1 @@
+"""OBSERVE: probes, heartbeats and metrics, beside what the backends report."""

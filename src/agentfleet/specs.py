@@ -1,0 +1,500 @@
+"""What a user asks for: frozen, strict pydantic models that write themselves in words.
+
+Every model here round-trips through YAML and JSON, publishes a JSON schema, and rejects nonsense with the field's
+name and the fix. Nothing in this module acts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from agentfleet.errors import SpecError
+from agentfleet.units import Cpu, Duration, Memory, Period, Share, share_of
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
+
+
+def _listed(value: object) -> object:
+    """Lists become tuples, so that YAML, JSON and Python callers may all write [a, b]."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise PydanticCustomError(
+            "name", "use 1 to 63 lower-case letters, digits and '-', starting and ending with a letter or digit"
+        )
+    return value
+
+
+def _text(value: str) -> str:
+    if not value or not value.isprintable():
+        raise PydanticCustomError("text", "must be printable text and not empty")
+    return value
+
+
+def _path(value: str) -> str:
+    if not value.startswith("/") or not value.isascii() or not value.isprintable() or " " in value:
+        raise PydanticCustomError("path", "must be an absolute URL path such as '/health'")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name), Field(examples=["researchers"])]
+Text = Annotated[str, Field(max_length=4096), AfterValidator(_text)]
+UrlPath = Annotated[str, Field(max_length=1024, examples=["/health"]), AfterValidator(_path)]
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Metric = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Spec(BaseModel):
+    """Base of every spec: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="constants",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: object) -> object:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    close = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                    hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(cls.model_fields)}"
+                    raise PydanticCustomError(
+                        "unknown_field", "unknown field '{field}'; {hint}", {"field": str(key)[:80], "hint": hint}
+                    )
+        return data
+
+    @classmethod
+    def parse(cls, data: object, *, source: str = "input") -> Self:
+        """Validate plain data (dicts, lists, words).
+
+        Raises:
+            SpecError: Each wrong field on a line of its own, with the fix.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise SpecError(describe(error, f"{source} is not a valid {cls.__name__}")) from error
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Self:
+        """Read a spec from YAML text; raises `SpecError` that names each wrong field."""
+        try:
+            data = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise SpecError(f"this is not YAML: {' '.join(str(error).split())[:300]}") from error
+        return cls.parse(data, source="the YAML text")
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read a spec from JSON text; raises `SpecError` that names each wrong field."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SpecError(f"this is not JSON: {error}") from error
+        return cls.parse(data, source="the JSON text")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data in words, without fields left at their defaults of None."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal spec."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def to_yaml(self) -> str:
+        """YAML text that `from_yaml` reads back to an equal spec."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated like a new one."""
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
+
+
+def describe(error: ValidationError, title: str) -> str:
+    """A validation error as people read it: one line a field."""
+    lines = [f"{title}:"]
+    for item in error.errors(include_url=False, include_input=False, include_context=False):
+        place = ".".join(str(part) for part in item["loc"]) or "(the whole)"
+        lines.append(f"  {place}: {item['msg']}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ the agent
+
+
+class AgentTemplate(Spec):
+    """One agent: what to run and what it needs."""
+
+    command: Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1, max_length=256)]
+    """Program and arguments. "{version}" and "{port}" are replaced by the instance's own."""
+    version: Text = "1"
+    """What `fleet.upgrade(version=...)` changes; the agent finds it in AGENTFLEET_VERSION."""
+    env: Mapping[Text, Annotated[str, Field(max_length=131_072)]] = Field(default_factory=dict)
+    """Environment variables added to the instance's own."""
+    cpu: Cpu | None = None
+    """Cores asked for, the 100 % of a CPU target."""
+    memory: Memory | None = None
+    """Bytes asked for, the 100 % of a memory target."""
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    """Where the agent answers HTTP. An embedded backend gives each instance a free port of its own instead, in PORT."""
+    drain: Duration = 30.0
+    """How long an instance may finish its work after SIGTERM before it is killed."""
+
+    @model_validator(mode="after")
+    def _check_env(self) -> Self:
+        for name, value in self.env.items():
+            if "=" in name or "\0" in value:
+                raise PydanticCustomError(
+                    "env", "env: '{name}' is no variable: names hold no '=', values no NUL", {"name": name[:80]}
+                )
+        return self
+
+
+# ------------------------------------------------------------------------------------------------ scaling
+
+
+class CpuTarget(Spec):
+    """Keep the average CPU use at a share of what instances asked for."""
+
+    kind: Literal["cpu"] = "cpu"
+    utilization: Positive
+    """Percent of the requested CPU."""
+
+
+class MemoryTarget(Spec):
+    """Keep the average memory use at a share of what instances asked for."""
+
+    kind: Literal["memory"] = "memory"
+    utilization: Positive
+    """Percent of the requested memory."""
+
+
+class QueueTarget(Spec):
+    """Keep the number of waiting and running tasks per instance."""
+
+    kind: Literal["queue"] = "queue"
+    length: Metric
+    """Tasks per instance."""
+    source: Text = "queue"
+    """Name of the metric source that counts the tasks of the whole fleet."""
+
+
+class MetricTarget(Spec):
+    """Keep any metric at a value.
+
+    `average` divides a fleet-wide metric by the number of instances (HPA's AverageValue), `per_instance` averages one
+    sample per instance (HPA's Pods metric), `value` compares the metric as it is (HPA's Value).
+    """
+
+    kind: Literal["metric"] = "metric"
+    metric: Text
+    """Name of the metric source."""
+    average: Metric | None = None
+    per_instance: Metric | None = None
+    value: Metric | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(x is not None for x in (self.average, self.per_instance, self.value)) != 1:
+            raise PydanticCustomError("target", "give exactly one of 'average', 'per_instance' and 'value'")
+        return self
+
+
+Target = Annotated[CpuTarget | MemoryTarget | QueueTarget | MetricTarget, Field(discriminator="kind")]
+
+
+class ScalingRule(Spec):
+    """At most this much change within a period: `count` instances or `percent` of the fleet."""
+
+    count: Positive | None = None
+    percent: Positive | None = None
+    period: Annotated[Period, Field(le=1800)] = 15.0
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.count is None) == (self.percent is None):
+            raise PydanticCustomError("rule", "give exactly one of 'count' and 'percent'")
+        return self
+
+
+class ScalingBehavior(Spec):
+    """How fast one direction may go (HPA's `behavior.scaleUp` / `behavior.scaleDown`)."""
+
+    stabilization: Annotated[Duration, Field(le=3600)]
+    """Window over which the more cautious of the past proposals wins."""
+    select: Literal["max", "min", "disabled"] = "max"
+    """Which rule wins: the largest change, the smallest, or no change at all in this direction."""
+    rules: Annotated[tuple[ScalingRule, ...], BeforeValidator(_listed), Field(min_length=1, max_length=16)]
+    tolerance: Ratio = 0.1
+    """Deviation from the target that is ignored; 0.1 is 10 %."""
+
+
+def _up() -> ScalingBehavior:
+    return ScalingBehavior(stabilization=0, rules=(ScalingRule(count=4), ScalingRule(percent=100)))
+
+
+def _down() -> ScalingBehavior:
+    return ScalingBehavior(stabilization=300, rules=(ScalingRule(percent=100),))
+
+
+class ScalingPolicy(Spec):
+    """When to add and remove instances. The defaults are those of Kubernetes' HorizontalPodAutoscaler."""
+
+    min_replicas: Count = 1
+    max_replicas: Positive
+    targets: Annotated[tuple[Target, ...], BeforeValidator(_listed), Field(min_length=1, max_length=32)] = (
+        CpuTarget(utilization=80),
+    )
+    period: Period = 15.0
+    """Time between decisions."""
+    up: ScalingBehavior = Field(default_factory=_up)
+    down: ScalingBehavior = Field(default_factory=_down)
+    cpu_initialization: Duration = 300.0
+    """Age below which an instance's CPU sample counts only if taken wholly after it became ready."""
+    readiness_delay: Duration = 30.0
+    """Readiness changes up to this age count as part of starting."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise PydanticCustomError(
+                "min_max",
+                "min_replicas ({low}) is more than max_replicas ({high}); lower one or raise the other",
+                {"low": self.min_replicas, "high": self.max_replicas},
+            )
+        return self
+
+
+# ------------------------------------------------------------------------------------------------ health
+
+
+class _Check(Spec):
+    period: Period = 10.0
+    """Time between probes of one instance."""
+    timeout: Period | None = None
+    """A slower answer is a failure; by default the period, at most 5 s."""
+    failures: Positive = 3
+    """Consecutive failures that make an instance unhealthy."""
+    successes: Positive = 1
+    """Consecutive successes that make it healthy again."""
+
+    @property
+    def deadline(self) -> float:
+        """Seconds after which a probe has failed."""
+        return self.timeout if self.timeout is not None else min(self.period, 5.0)
+
+
+class HttpCheck(_Check):
+    """Healthy when GET answers 200 to 399."""
+
+    kind: Literal["http"] = "http"
+    path: UrlPath = "/health"
+    """Path on the instance's own address. "/status" also tells what the agent is doing."""
+
+
+class TcpCheck(_Check):
+    """Healthy when the instance's port accepts a connection."""
+
+    kind: Literal["tcp"] = "tcp"
+
+
+class CustomCheck(_Check):
+    """Healthy when your function says so.
+
+    The function takes an `Instance` and returns (or awaits) True or False; an exception is a failed probe.
+    """
+
+    kind: Literal["custom"] = "custom"
+    call: Callable[..., Any] | Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", max_length=512)]
+    """The function, or where to import it from: "package.module:function"."""
+
+    @field_serializer("call")
+    def _write_call(self, call: Callable[..., Awaitable[bool] | bool] | str) -> str:
+        if isinstance(call, str):
+            return call
+        name = f"{getattr(call, '__module__', '?')}:{getattr(call, '__qualname__', '<unnamed>')}"
+        if "<" in name:
+            raise ValueError(
+                f"call: {name} cannot be imported by name; define it at the top of a module to write this spec"
+            )
+        return name
+
+
+class HeartbeatCheck(Spec):
+    """Healthy while heartbeats arrive; suspicion grows with silence (phi-accrual, Hayashibara et al. 2004)."""
+
+    kind: Literal["heartbeat"] = "heartbeat"
+    interval: Period = 1.0
+    """Expected time between beats, until enough were seen to know better."""
+    phi: Annotated[float, Field(gt=0, le=300, allow_inf_nan=False)] = 10.0
+    """Suspicion at which the instance is unhealthy; 10 is one false alarm in 10^10 by the fitted distribution."""
+    min_silence: Duration = 3.0
+    """Silence shorter than this never makes an instance unhealthy, whatever phi says."""
+
+
+Check = Annotated[HttpCheck | TcpCheck | CustomCheck | HeartbeatCheck, Field(discriminator="kind")]
+
+
+class HealthPolicy(Spec):
+    """How health is judged. Without checks an instance is as healthy as its backend says."""
+
+    checks: Annotated[tuple[Check, ...], BeforeValidator(_listed), Field(max_length=16)] = ()
+    startup: Duration = 60.0
+    """Grace: before its first success, failures count against an instance only when it is older than this."""
+    stuck_after: Period | None = None
+    """A busy agent that reports no progress for this long is unhealthy; needs a check of "/status"."""
+    flap_window: Duration = 300.0
+    """Time over which changes between healthy and unhealthy are counted; zero turns damping off."""
+    flap_limit: Positive = 6
+    """Changes within the window at which an instance counts as flapping: it stays unhealthy until it is calm."""
+
+
+# ------------------------------------------------------------------------------------------------ recovery and rollout
+
+
+class Backoff(Spec):
+    """Exponential waiting: `initial`, then `factor` times more for each attempt, never above `limit`."""
+
+    initial: Duration = 1.0
+    factor: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 2.0
+    limit: Duration = 300.0
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.initial > self.limit:
+            raise PydanticCustomError("backoff", "initial is more than limit; lower one or raise the other")
+        return self
+
+    def delay(self, attempt: int) -> float:
+        """Seconds to wait before attempt number `attempt` (0 is the first: no wait)."""
+        if attempt <= 0:
+            return 0.0
+        if self.factor == 1.0 or self.initial == 0:
+            return min(self.initial, self.limit)
+        # beyond 2000 doublings every float is at its limit; the bound keeps ** from overflowing
+        try:
+            return float(min(self.initial * self.factor ** min(attempt - 1, 2000), self.limit))
+        except OverflowError:
+            return self.limit
+
+
+class RecoveryPolicy(Spec):
+    """What to do about sick instances, and how much may be disrupted at once, by whatever cause.
+
+    The ladder is climbed one failed attempt at a time: restart, replace, replace elsewhere, roll back, ask a human.
+    """
+
+    max_disrupted: Share = "10%"
+    """Instances that agentfleet may have out of service by its own doing at any instant; at least 1 unless 0."""
+    freeze_below: Ratio = 0.5
+    """Healthy share below which disruption stops: so many sick at once have one cause, and it is not they."""
+    cooldown: Duration = 30.0
+    """After a freeze, and between two actions on one instance, at least this long."""
+    restarts: Count = 2
+    """Attempts to restart in place before replacing."""
+    replacements: Count = 2
+    """Attempts to replace before replacing on another node."""
+    elsewhere: Count = 1
+    """Attempts on another node before rolling back."""
+    rollback: bool = True
+    """Whether a revision whose instances stay sick is rolled back to the last good one."""
+    backoff: Backoff = Backoff()
+    """Waiting between attempts on one instance."""
+    settle: Period = 60.0
+    """An attempt has failed when the instance is not healthy after this long."""
+    reset_after: Duration = 600.0
+    """Healthy for this long, and its earlier failures are forgotten."""
+
+    def budget(self, replicas: int) -> int:
+        """How many of `replicas` may be disrupted at once."""
+        if self.max_disrupted in (0, "0%"):
+            return 0
+        return max(1, share_of(self.max_disrupted, replicas, round_up=False))
+
+
+class RolloutPolicy(Spec):
+    """How a new revision replaces the old one (a Deployment's rolling update)."""
+
+    max_surge: Share = "25%"
+    """Instances above the wanted number while rolling; a share rounds up."""
+    max_unavailable: Share = "25%"
+    """Instances below the wanted number while rolling; a share rounds down."""
+    min_ready: Duration = 0.0
+    """A new instance counts once it has been ready for this long."""
+    progress_deadline: Period = 600.0
+    """No progress for this long, and the rollout has failed."""
+    max_failed: Positive = 3
+    """New instances that may turn sick or exit before the rollout has failed."""
+    auto_rollback: bool = True
+    """Whether a failed rollout returns to the last good revision by itself."""
+    keep_revisions: Annotated[int, Field(ge=1, le=1000)] = 10
+    """Old revisions kept for a rollback."""
+
+    @model_validator(mode="after")
+    def _moves(self) -> Self:
+        if self.max_surge in (0, "0%") and self.max_unavailable in (0, "0%"):
+            raise PydanticCustomError(
+                "rollout", "max_surge and max_unavailable are both 0, so nothing could move; raise one of them"
+            )
+        if self.progress_deadline <= self.min_ready:
+            raise PydanticCustomError("rollout", "progress_deadline must be longer than min_ready")
+        return self
+
+
+class FleetSpec(Spec):
+    """A fleet: one kind of agent, how many, and how they are kept well."""
+
+    name: Name
+    template: AgentTemplate
+    replicas: Count = 1
+    scaling: ScalingPolicy | None = None
+    health: HealthPolicy = HealthPolicy()
+    recovery: RecoveryPolicy = RecoveryPolicy()
+    rollout: RolloutPolicy = RolloutPolicy()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        scaling = self.scaling
+        if scaling is not None and not scaling.min_replicas <= self.replicas <= scaling.max_replicas:
+            raise PydanticCustomError(
+                "replicas",
+                "replicas ({replicas}) is outside scaling.min_replicas..max_replicas ({low}..{high})",
+                {"replicas": self.replicas, "low": scaling.min_replicas, "high": scaling.max_replicas},
+            )
+        if scaling is not None:
+            for target in scaling.targets:
+                resource = target.kind
+                if resource in ("cpu", "memory") and not getattr(self.template, resource):
+                    raise PydanticCustomError(
+                        "request",
+                        "scaling on {resource} is a share of template.{resource}, which is not set; set it",
+                        {"resource": resource},
+                    )
+        return self

@@ -1,0 +1,1 @@
+"""RECORD: the journal and the configuration stores."""

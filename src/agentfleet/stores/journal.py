@@ -1,0 +1,36 @@
+"""RECORD: the journal, an append-only list of events, and the port that every journal implements.
+
+A journal also keeps, per fleet, the last event of each kind under `state.` ("state.fleet", "state.scaling", …): from these a
+restarted manager takes up where its predecessor fell, however far the history has been trimmed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from agentfleet.events import Event
+
+
+class Journal(Protocol):
+    """Where events are kept. Appends are ordered; `append` returns when the event survives the process's death."""
+
+    def append(self, event: Event) -> Event:
+        """Record one event and return it with its `seq`. Does not wait on the network, so it is not async.
+
+        Raises:
+            JournalError: The event could not be recorded.
+        """
+        ...
+
+    def read(self, *, fleet: str | None = None, after: int = 0) -> Sequence[Event]:
+        """Kept events with `seq > after`, oldest first."""
+        ...
+
+    def last_state(self, fleet: str, kind: str) -> Event | None:
+        """The newest event of a "state." kind, None if there never was one."""
+        ...
+
+    def follow(self, *, fleet: str | None = None, after: int = 0) -> AsyncIterator[Event]:
+        """Kept events after `after`, then new ones as they are appended, without loss or repetition."""
+        ...
