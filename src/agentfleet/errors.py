@@ -5,6 +5,7 @@
     AgentFleetError
     ├── SpecError            the request itself is wrong: change it, nothing was done
     ├── OperationRefused     the request is fine, the fleet's present state forbids it
+    ├── RolloutFailed        the new revision does not work; the message says why and what runs now
     ├── DeadlineExceeded     an outside party did not answer in time; the outcome may be unknown
     ├── MissingExtra         an optional dependency is not installed; the message names the extra
     ├── BackendError         the engine that runs instances
@@ -39,6 +40,10 @@ class SpecError(AgentFleetError, ValueError):
 
 class OperationRefused(AgentFleetError):
     """The fleet cannot do this in its present state; the message says which state and what to do first."""
+
+
+class RolloutFailed(AgentFleetError):
+    """A revision could not be rolled out. The message says why, and which revision the fleet runs now."""
 
 
 class DeadlineExceeded(AgentFleetError, TimeoutError):

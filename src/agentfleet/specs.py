@@ -252,7 +252,7 @@ class ScalingBehavior(Spec):
     select: Literal["max", "min", "disabled"] = "max"
     """Which rule wins: the largest change, the smallest, or no change at all in this direction."""
     rules: Annotated[tuple[ScalingRule, ...], BeforeValidator(_listed), Field(min_length=1, max_length=16)]
-    tolerance: Ratio = 0.1
+    tolerance: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.1
     """Deviation from the target that is ignored; 0.1 is 10 %."""
 
 
@@ -280,6 +280,9 @@ class ScalingPolicy(Spec):
     """Age below which an instance's CPU sample counts only if taken wholly after it became ready."""
     readiness_delay: Duration = 30.0
     """Readiness changes up to this age count as part of starting."""
+    legacy_limits: bool = False
+    """Limit like an HPA that has no `behavior` block: at most twice the size (or 4) a turn upwards, the bounds, and
+    `down.stabilization`. Of `up` and `down` only the tolerances and that window are then used."""
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -425,6 +428,8 @@ class RecoveryPolicy(Spec):
     """Attempts on another node before rolling back."""
     rollback: bool = True
     """Whether a revision whose instances stay sick is rolled back to the last good one."""
+    grace: Duration = 5.0
+    """How long a sick instance may finish its work before it is killed; never more than template.drain."""
     backoff: Backoff = Backoff()
     """Waiting between attempts on one instance."""
     settle: Period = 60.0
@@ -451,7 +456,7 @@ class RolloutPolicy(Spec):
     progress_deadline: Period = 600.0
     """No progress for this long, and the rollout has failed."""
     max_failed: Positive = 3
-    """New instances that may turn sick or exit before the rollout has failed."""
+    """Times that new instances may turn sick or exit before the rollout has failed (a tenth, if more)."""
     auto_rollback: bool = True
     """Whether a failed rollout returns to the last good revision by itself."""
     keep_revisions: Annotated[int, Field(ge=1, le=1000)] = 10

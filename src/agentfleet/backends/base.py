@@ -6,11 +6,11 @@ A backend observes and acts; it decides nothing. One conformance suite (`tests/c
    a create whose answer was lost can be repeated. An id is never used again for another instance.
 2. **Observation.** `watch` yields one `Snapshot` of everything that exists (also what an earlier manager created), then
    `Changed` and `Removed` in an order that respects each instance's own history. After a gap it yields a new
-   `Snapshot`: whoever reads it must treat what is missing there as removed, and nothing else ever means "removed". Silence means
-   nothing. The stream ends only when the backend is closed.
+   `Snapshot`: whoever reads it must treat what is missing there as removed, and nothing else ever means "removed".
+   Silence means nothing. The stream ends only when the backend is closed.
 3. **Action.** An action returns once the engine has accepted it; its effect is seen in the watch. Actions on an
-   instance that does not exist raise `InstanceGone`, except `stop`, which is then already done. Any action may be repeated.
-   An engine that cannot be reached raises `BackendUnavailable`, one that refuses raises `BackendRefused`.
+   instance that does not exist raise `InstanceGone`, except `stop`, which is then already done. Any action may be
+   repeated. An engine that cannot be reached raises `BackendUnavailable`, one that refuses raises `BackendRefused`.
 4. **Stop** drains: SIGTERM or its like, up to `grace` seconds to finish, then the kill. The instance is `DRAINING` in
    between and `Removed` after. `grace=0` kills at once.
 5. **Restart** keeps id, slot and revision, adds one to `restarts`, and clears nothing else of the identity. It works on

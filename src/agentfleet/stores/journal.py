@@ -1,7 +1,10 @@
 """RECORD: the journal, an append-only list of events, and the port that every journal implements.
 
-A journal also keeps, per fleet, the last event of each kind under `state.` ("state.fleet", "state.scaling", …): from these a
-restarted manager takes up where its predecessor fell, however far the history has been trimmed.
+A journal also keeps, per fleet, the last event of each kind under `state.` ("state.fleet", "state.scaling", …): from
+these a restarted manager takes up where its predecessor fell, however far the history has been trimmed.
+
+What comes back is what JSON keeps: tuples in `data` return as lists, and changing `data` after the append, or in an
+event that was read, changes nothing recorded.
 """
 
 from __future__ import annotations
@@ -32,5 +35,10 @@ class Journal(Protocol):
         ...
 
     def follow(self, *, fleet: str | None = None, after: int = 0) -> AsyncIterator[Event]:
-        """Kept events after `after`, then new ones as they are appended, without loss or repetition."""
+        """Kept events after `after`, then new ones as they are appended, without loss or repetition.
+
+        Raises:
+            JournalError: The history was trimmed past this reader before it read it; the message says what is
+                missing. Raised once; iterating on continues with what is kept.
+        """
         ...

@@ -1,0 +1,105 @@
+"""ACT: carries decided actions out through the backend: bounded, with deadlines, retried, and always recorded.
+
+An action runs in a task of its own, so that a slow engine never holds up the turn. While it runs its instance is
+`busy` and the turn leaves it alone; when it ends the turn is woken.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+
+import anyio
+from anyio.abc import TaskGroup
+
+from agentfleet.backends.base import Backend, Creation
+from agentfleet.clock import Clock
+from agentfleet.errors import BackendError, DeadlineExceeded
+from agentfleet.retries import transient
+
+Outcome = Callable[[str, str, BackendError | DeadlineExceeded | None, float], None]
+"""Called with the action's name, the instance's id, the final error if it failed, and the seconds it took."""
+
+
+class Actuator:
+    """Executes actions of one fleet.
+
+    Args:
+        backend: Where the instances live.
+        fleet: Name of the fleet.
+        clock: Times deadlines and waits.
+        rng: Draws the jitter of retries.
+        on_done: Told of each action's end, successful or not.
+        concurrency: Actions at one time.
+        deadline: Seconds that the engine may take to accept one attempt.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        fleet: str,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        on_done: Outcome,
+        concurrency: int = 64,
+        deadline: float = 30.0,
+    ) -> None:
+        self._backend = backend
+        self._fleet = fleet
+        self._clock = clock
+        self._rng = rng
+        self._on_done = on_done
+        self._concurrency = concurrency
+        self._deadline = deadline
+        self._limiter: anyio.CapacityLimiter | None = None
+        self._tasks: TaskGroup | None = None
+        self.busy: dict[str, str] = {}
+        """Instances with an action under way, and which."""
+
+    def bind(self, tasks: TaskGroup) -> None:
+        """Run actions in this task group from now on."""
+        self._tasks = tasks
+        self._limiter = anyio.CapacityLimiter(self._concurrency)
+
+    def create(self, creation: Creation) -> None:
+        """Begin to bring an instance into being."""
+        self._begin("create", creation.id, lambda: self._backend.create(creation))
+
+    def stop(self, id: str, *, grace: float) -> None:
+        """Begin to drain and end an instance."""
+        self._begin("stop", id, lambda: self._backend.stop(self._fleet, id, grace=grace))
+
+    def restart(self, id: str, *, grace: float) -> None:
+        """Begin to restart an instance in place."""
+        self._begin("restart", id, lambda: self._backend.restart(self._fleet, id, grace=grace))
+
+    def _begin(self, name: str, id: str, call: Callable[[], Awaitable[None]]) -> None:
+        assert self._tasks is not None, "bind() comes first"
+        self.busy[id] = name
+        self._tasks.start_soon(self._run, name, id, call, name=f"{name} {id}")
+
+    async def _run(self, name: str, id: str, call: Callable[[], Awaitable[None]]) -> None:
+        assert self._limiter is not None
+        error: BackendError | DeadlineExceeded | None = None
+        began = self._clock.now()
+        async with self._limiter:
+            try:
+                async for attempt in transient(self._clock, self._rng):
+                    with attempt:
+                        await self._once(name, id, call)
+            except (BackendError, DeadlineExceeded) as failed:
+                error = failed
+        del self.busy[id]
+        self._on_done(name, id, error, self._clock.now() - began)
+
+    async def _once(self, name: str, id: str, call: Callable[[], Awaitable[None]]) -> None:
+        try:
+            with anyio.fail_after(self._deadline):
+                await call()
+        except DeadlineExceeded:
+            raise
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"{name} of {id}: the backend did not accept it within {self._deadline:g} s; its effect is unknown"
+            ) from error

@@ -1,0 +1,141 @@
+"""OBSERVE: takes what the backend, the probes and the agents say into the view, and notes what is new about it.
+
+It decides nothing. Whatever changes an instance's condition is told to the turn; whatever a person would ask about
+later becomes an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from agentfleet.backends.base import Changed, Observation, Removed, Snapshot
+from agentfleet.clock import Clock
+from agentfleet.core.health import Verdict
+from agentfleet.instances import AgentStatus, HealthState, Instance, Phase
+from agentfleet.turn import Record, Turn
+from agentfleet.view import Condition, FleetView, Member
+
+UNSEEN_GRACE = 10.0
+"""Seconds for which a snapshot that lacks an instance we just created may simply be older than it."""
+
+
+class Observer:
+    """Keeps one fleet's view true.
+
+    Args:
+        view: Where everything is kept.
+        turn: Told of changed conditions.
+        record: Writes events.
+        clock: Dates what is seen.
+        watch_health: Called with each instance as it looks now, so that it is probed.
+        forget_health: Called with the id of each instance that is gone.
+    """
+
+    def __init__(
+        self,
+        view: FleetView,
+        turn: Turn,
+        record: Record,
+        clock: Clock,
+        *,
+        watch_health: Callable[[Instance], None],
+        forget_health: Callable[[str], None],
+    ) -> None:
+        self._view = view
+        self._turn = turn
+        self._record = record
+        self._clock = clock
+        self._watch_health = watch_health
+        self._forget_health = forget_health
+        self.synced = False
+        """Whether a whole picture has been seen yet; before that nothing may be decided."""
+
+    # ------------------------------------------------------------------------------------------ the backend
+
+    def take(self, seen: Observation) -> None:
+        """Take in one observation of the backend."""
+        if isinstance(seen, Changed):
+            self._put(seen.instance)
+        elif isinstance(seen, Removed):
+            self._remove(seen.id)
+        else:
+            self._replace_all(seen)
+
+    def _replace_all(self, snapshot: Snapshot) -> None:
+        self._turn.nodes = {node.name: node for node in snapshot.nodes}
+        present = {instance.id for instance in snapshot.instances}
+        now = self._clock.now()
+        for id, member in tuple(self._view.members.items()):
+            young = not member.seen and now - member.instance.created_at < UNSEEN_GRACE
+            if id not in present and not young:
+                self._remove(id)
+        for instance in snapshot.instances:
+            self._put(instance)
+        self.synced = True
+
+    def _put(self, instance: Instance) -> None:
+        known = self._view.members.get(instance.id)
+        before = None if known is None else known.condition
+        was = None if known is None else known.instance
+        if was == instance and known is not None and known.seen:
+            return
+        member = self._view.put(instance)
+        self._watch_health(instance)
+        self._note(instance, was)
+        self._tell(member, before)
+
+    def _note(self, instance: Instance, was: Instance | None) -> None:
+        """Write down what became of the process."""
+        phase = instance.phase
+        if was is not None and was.phase is phase and was.started_at == instance.started_at:
+            return
+        data = {"slot": instance.slot, "revision": instance.revision, "version": instance.version}
+        if phase is Phase.RUNNING:
+            data |= {"address": instance.address, "node": instance.node, "restarts": instance.restarts}
+            self._record("instance.started", instance.id, data)
+        elif phase is Phase.EXITED:
+            self._record("instance.exited", instance.id, {**data, "exit_code": instance.exit_code})
+        elif phase is Phase.LOST:
+            self._record("instance.lost", instance.id, {**data, "node": instance.node})
+
+    def _remove(self, id: str) -> None:
+        member = self._view.remove(id)
+        if member is None:
+            return
+        self._forget_health(id)
+        self._record("instance.removed", id, {"slot": member.instance.slot})
+        self._turn.gone(member)
+
+    # ------------------------------------------------------------------------------------------ health and work
+
+    def judged(self, id: str, verdict: Verdict, status: AgentStatus | None) -> None:
+        """Take in a changed verdict."""
+        member = self._view.members.get(id)
+        if member is None:
+            return
+        before, was = member.condition, member.health
+        if status is not None:
+            self._view.report(id, status)
+        self._view.judge(id, verdict.state, self._clock.now())
+        if verdict.state is not was:
+            self._note_verdict(member, verdict, was)
+        self._tell(member, before)
+
+    def _note_verdict(self, member: Member, verdict: Verdict, was: HealthState) -> None:
+        instance, state = member.instance, verdict.state
+        data = {"slot": instance.slot, "revision": instance.revision}
+        if state is HealthState.HEALTHY and was is not HealthState.SUSPECT:
+            started = instance.started_at or instance.created_at
+            data["after_s"] = round(self._clock.now() - started, 3)
+            self._record("instance.ready", instance.id, data)
+        elif state is HealthState.UNHEALTHY:
+            reasons = tuple(verdict.reasons)
+            self._record("instance.unhealthy", instance.id, data, reasons)
+
+    def reported(self, id: str, status: AgentStatus) -> None:
+        """Take in what an agent says of itself."""
+        self._view.report(id, status)
+
+    def _tell(self, member: Member, before: Condition | None) -> None:
+        if member.condition is not before:
+            self._turn.changed(member, before, self._clock.now())

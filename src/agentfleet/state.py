@@ -1,0 +1,173 @@
+"""What a fleet wants and remembers: the part that must outlive its manager.
+
+One frozen value, replaced as a whole by the single writer (`fleet.Fleet`), journaled as "state.fleet" when it changed.
+A manager that starts on the same journal takes it up and goes on without a twitch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from agentfleet.core.governor import GovernorMemory
+from agentfleet.core.rollout import RolloutMemory, RolloutPhase, begin
+from agentfleet.errors import OperationRefused
+from agentfleet.specs import AgentTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One version of the template that was or is run."""
+
+    number: int
+    template: AgentTemplate
+    created_at: float
+    cause: str
+    """Why it exists: "deploy", "upgrade", …"""
+    good: bool = False
+    """Whether it was once rolled out completely."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return {
+            "number": self.number,
+            "template": self.template.to_dict(),
+            "created_at": self.created_at,
+            "cause": self.cause,
+            "good": self.good,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class FleetState:
+    """Desired state and decision memories of one fleet.
+
+    Attributes:
+        replicas: Instances wanted while the fleet runs; kept through a stop.
+        running: False after `stop`.
+        paused: Whether the rollout is paused.
+        target: Number of the revision that is wanted.
+        revisions: Kept revisions, oldest first; a number is never used again.
+        rollout: Memory of the present or last rollout.
+        failures: Instances of the target that failed since the rollout began.
+        governor: Memory of the disruption governor.
+        applied_template: The template of the last applied spec, to tell what a newer spec changes.
+        applied_replicas: Likewise.
+        deleted: Whether the fleet is being or has been deleted.
+    """
+
+    replicas: int
+    target: int
+    revisions: tuple[Revision, ...]
+    rollout: RolloutMemory
+    applied_template: AgentTemplate
+    applied_replicas: int
+    running: bool = True
+    paused: bool = False
+    failures: int = 0
+    governor: GovernorMemory = field(default_factory=GovernorMemory)
+    deleted: bool = False
+
+    @property
+    def desired(self) -> int:
+        """Instances wanted now."""
+        return self.replicas if self.running and not self.deleted else 0
+
+    def revision(self, number: int) -> Revision | None:
+        """A kept revision."""
+        return next((each for each in self.revisions if each.number == number), None)
+
+    @property
+    def template(self) -> AgentTemplate:
+        """The wanted template."""
+        found = self.revision(self.target)
+        assert found is not None, "the target revision is always kept"
+        return found.template
+
+    @property
+    def fallback(self) -> int | None:
+        """The newest good revision other than the target."""
+        return next(
+            (each.number for each in reversed(self.revisions) if each.good and each.number != self.target), None
+        )
+
+    @property
+    def rolling(self) -> bool:
+        """Whether a rollout is under way."""
+        return self.rollout.phase is RolloutPhase.PROGRESSING
+
+    # Each change below returns a new state; none of them acts.
+
+    def with_revision(self, template: AgentTemplate, cause: str, now: float, keep: int) -> FleetState:
+        """Begin a rollout to a new revision."""
+        number = self.revisions[-1].number + 1
+        kept = _trim((*self.revisions, Revision(number, template, now, cause)), number, keep)
+        return replace(self, target=number, revisions=kept, rollout=begin(number, now), failures=0, paused=False)
+
+    def with_target(self, number: int, now: float) -> FleetState:
+        """Begin a rollback to a kept revision.
+
+        Raises:
+            OperationRefused: The revision is not kept.
+        """
+        if self.revision(number) is None:
+            kept = ", ".join(str(each.number) for each in self.revisions)
+            raise OperationRefused(f"revision {number} is not kept; kept are {kept}")
+        return replace(self, target=number, rollout=begin(number, now, is_rollback=True), failures=0, paused=False)
+
+    def with_good_target(self) -> FleetState:
+        """Note that the target has been rolled out completely."""
+        marked = tuple(replace(each, good=True) if each.number == self.target else each for each in self.revisions)
+        return replace(self, revisions=marked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return {
+            "replicas": self.replicas,
+            "target": self.target,
+            "revisions": [each.to_dict() for each in self.revisions],
+            "rollout": self.rollout.to_dict(),
+            "applied_template": self.applied_template.to_dict(),
+            "applied_replicas": self.applied_replicas,
+            "running": self.running,
+            "paused": self.paused,
+            "failures": self.failures,
+            "governor": self.governor.to_dict(),
+            "deleted": self.deleted,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> FleetState:
+        """Read back `to_dict`."""
+        revisions = tuple(
+            Revision(**{**each, "template": AgentTemplate.parse(each["template"], source="the journaled template")})
+            for each in data["revisions"]
+        )
+        return cls(
+            **{
+                **data,
+                "revisions": revisions,
+                "rollout": RolloutMemory.from_dict(data["rollout"]),
+                "applied_template": AgentTemplate.parse(data["applied_template"], source="the journaled template"),
+                "governor": GovernorMemory.from_dict(data["governor"]),
+            }
+        )
+
+
+def first_state(template: AgentTemplate, replicas: int, now: float) -> FleetState:
+    """The state of a fleet that is deployed for the first time."""
+    return FleetState(
+        replicas=replicas,
+        target=1,
+        revisions=(Revision(1, template, now, "deploy"),),
+        rollout=begin(1, now),
+        applied_template=template,
+        applied_replicas=replicas,
+    )
+
+
+def _trim(revisions: tuple[Revision, ...], target: int, keep: int) -> tuple[Revision, ...]:
+    """Keep the target, the newest good one, and the newest `keep` others."""
+    good = next((each.number for each in reversed(revisions) if each.good), None)
+    newest = {each.number for each in revisions[-(keep + 1) :]}
+    return tuple(each for each in revisions if each.number in newest or each.number in (target, good))

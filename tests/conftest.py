@@ -1,0 +1,64 @@
+"""What every test shares: hypothesis profiles, both event loops, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, settings
+
+# tests import their helpers as `tests.…`, however pytest was started
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "thorough", max_examples=2_000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """The event loops that `@pytest.mark.anyio` tests run on, in real time."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After an integration test no child process, socket or file descriptor may be left."""
+    if request.node.get_closest_marker("integration") is None:
+        yield
+        return
+    process = psutil.Process()
+    before = (_children(process), _descriptors())
+    yield
+    gc.collect()
+    after = (_children(process), _descriptors())
+    assert after[0] <= before[0], f"child processes left: {sorted(after[0] - before[0])}"
+    new = {fd: name for fd, name in after[1].items() if before[1].get(fd) != name}
+    assert not new, f"file descriptors left: {new}"
+
+
+def _children(process: psutil.Process) -> set[int]:
+    return {child.pid for child in process.children(recursive=True)}
+
+
+def _descriptors() -> dict[str, str]:
+    """Open descriptors by number, and what they are open on (sockets by inode, so a reused number is seen)."""
+    found: dict[str, str] = {}
+    folder = Path("/proc/self/fd")
+    if not folder.exists():  # not Linux: nothing to compare
+        return found
+    for entry in folder.iterdir():
+        try:
+            found[entry.name] = str(entry.readlink())
+        except FileNotFoundError:
+            continue  # the descriptor of this very listing
+    return found
