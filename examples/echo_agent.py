@@ -12,6 +12,7 @@ from agentfleet.agent import Agent, Task
 
 
 async def work(task: Task, agent: Agent) -> object:
+    """Do nothing, and say so."""
     agent.progress("echoing")
     return task.payload
 

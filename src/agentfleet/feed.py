@@ -1,8 +1,8 @@
 """Configuration on its way to the agents: each new revision is pushed to every running instance and acknowledged.
 
 The feed follows one key of a `ConfigStore`. What it delivers last is journaled as "state.config", so that a restarted
-manager still feeds new instances although its store is empty. An agent that refuses a revision keeps its last good one and is
-reported; one that cannot be reached is tried again until it is gone or has it.
+manager still feeds new instances although its store is empty. An agent that refuses a revision keeps its last good one
+and is reported; one that cannot be reached is tried again until it is gone or has it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from anyio.abc import TaskGroup
 
 from agentfleet.clock import Clock
 from agentfleet.configstore import ConfigStore
+from agentfleet.desk import Record
 from agentfleet.errors import DeadlineExceeded
 from agentfleet.instances import Instance
 from agentfleet.signals.http import HttpClient, HttpError
-from agentfleet.turn import Record
 
 PUSH_TIMEOUT = 5.0
 """Seconds that an agent may take to acknowledge."""

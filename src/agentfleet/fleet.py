@@ -1,4 +1,4 @@
-"""Fleet: one fleet's desired state and the loop that keeps it. Start reading here.
+"""Fleet: what users call to run one fleet of agents. Start reading here.
 
 ::
 
@@ -6,60 +6,40 @@
         await fleet.deploy()
         await fleet.upgrade(version="1.5.0")
 
-`Fleet` composes the parts: an `Observer` takes in what is seen, a `Turn` decides and acts, a `HealthMonitor` probes, an
-`Autoscaler` and the operator's methods below hand in intents. It is the fleet's single writer.
+`Fleet` states what is wanted and tells what is; the loops behind it (`runtime.Runtime`) make it so. It is the fleet's
+single writer: every change of the wanted state goes through one of the methods below, or through an intent.
 """
 
 from __future__ import annotations
 
-import os
-import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import anyio
-
-from agentfleet.actuator import Actuator
-from agentfleet.autoscaler import Autoscaler, MetricSource, Size
+from agentfleet.autoscaler import MetricSource, Size
 from agentfleet.backends.base import Backend
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.configstore import ConfigStore
 from agentfleet.core.governor import Cause
 from agentfleet.core.reason import Reason
-from agentfleet.core.recovery import RecoveryMemory
 from agentfleet.core.rollout import RolloutPhase
 from agentfleet.core.scaling import Decision
 from agentfleet.display import Report, table
 from agentfleet.endpoints import Endpoints
-from agentfleet.errors import (
-    BackendError,
-    BackendUnavailable,
-    DeadlineExceeded,
-    OperationRefused,
-    RolloutFailed,
-    SpecError,
-)
+from agentfleet.errors import OperationRefused, RolloutFailed, SpecError
 from agentfleet.events import Event
-from agentfleet.feed import ConfigFeed
 from agentfleet.health import HealthMonitor
-from agentfleet.instances import AgentStatus, Instance, Phase
-from agentfleet.observer import Observer
-from agentfleet.recovery import Recovery
-from agentfleet.resources import FleetMetrics
-from agentfleet.signals.http import HttpClient
+from agentfleet.instances import Instance
+from agentfleet.runtime import Runtime
 from agentfleet.signals.probes import Prober
+from agentfleet.sizing import Intent
 from agentfleet.specs import AgentTemplate, FleetSpec
 from agentfleet.state import FleetState, Revision, first_state
 from agentfleet.stores.journal import Journal
 from agentfleet.stores.memory_journal import MemoryJournal
-from agentfleet.turn import Intent, Turn
-from agentfleet.view import SERVING, FleetView
-
-SYNC_DEADLINE = 60.0
-"""Seconds for the backend's first whole picture."""
+from agentfleet.view import FleetView
 
 
 class Fleet:
@@ -93,87 +73,27 @@ class Fleet:
     ) -> None:
         self.spec = spec
         self.name = spec.name
-        self.journal: Journal = journal if journal is not None else MemoryJournal()
         self.clock: Clock = clock or SystemClock()
-        self.backend = backend
+        self.journal: Journal = journal if journal is not None else MemoryJournal()
         self.config = config if config is not None else ConfigStore(journal=self.journal, clock=self.clock)
-        self.http = HttpClient()
-        rng = random.Random(seed if seed is not None else os.urandom(16))  # noqa: S311 - names and jitter, no secrets
-        self._usage_period = usage_period
-        self._wake = anyio.Event()
-        self._pulse = anyio.Event()
-        self._sampled: tuple[float, float] | None = None
-        self._usage_failing = False
+        self._runtime = Runtime(
+            spec,
+            backend=backend,
+            journal=self.journal,
+            clock=self.clock,
+            config=self.config,
+            target=self,
+            metrics=metrics or {},
+            prober=prober,
+            usage_period=usage_period,
+            seed=seed,
+        )
         self._open = False
-        self._first_seq = 0
-
-        self.view = FleetView(min_ready=spec.rollout.min_ready, on_serving=self._serving_changed)
-        self._endpoints = Endpoints(self.view, self._credential)
-        self._actuator = Actuator(backend, self.name, clock=self.clock, rng=rng, on_done=self._action_done)
-        self.recovery = Recovery(spec.recovery)
-        self._turn = Turn(
-            spec, view=self.view, recovery=self.recovery, actuator=self._actuator, record=self._record, rng=rng
-        )
-        self.monitor = HealthMonitor(
-            spec.health,
-            prober=prober or _own_prober(backend),
-            clock=self.clock,
-            on_verdict=self._judged,
-            on_status=self._reported,
-        )
-        self._observer = Observer(
-            self.view,
-            self._turn,
-            self._record,
-            self.clock,
-            watch_health=self._watch_health,
-            forget_health=self._forget_health,
-        )
-        self.feed = ConfigFeed(
-            self.config,
-            self.name,
-            http=self.http,
-            clock=self.clock,
-            record=self._record,
-            credential=self._credential,
-        )
-        own = FleetMetrics(self.view, self._requests, lambda: self._sampled)
-        sources: dict[str, MetricSource] = {"cpu": own.cpu, "memory": own.memory, "queue": own.queue}
-        self.autoscaler = (
-            Autoscaler(
-                spec.scaling,
-                self,
-                {**sources, **(metrics or {})},
-                clock=self.clock,
-                journal=self.journal,
-                name=self.name,
-            )
-            if spec.scaling is not None
-            else None
-        )
-        self._stack = AsyncExitStack()
-
-    # ------------------------------------------------------------------------------------------ life
 
     async def __aenter__(self) -> Self:
         if self._open:
             raise OperationRefused(f"fleet {self.name} is open already")
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.backend)
-            stack.push_async_callback(self.http.aclose)
-            await stack.enter_async_context(self.monitor)
-            self._restore()
-            tasks = await stack.enter_async_context(anyio.create_task_group())
-            stack.callback(tasks.cancel_scope.cancel)
-            self._actuator.bind(tasks)
-            tasks.start_soon(self._observe, name=f"observe {self.name}")
-            await self._first_picture()
-            tasks.start_soon(self._turns, name=f"turns {self.name}")
-            tasks.start_soon(self._measure, name=f"usage {self.name}")
-            tasks.start_soon(self.feed.run, name=f"config {self.name}")
-            if self.autoscaler is not None:
-                tasks.start_soon(self._scale_when_running, name=f"autoscaler {self.name}")
-            self._stack = stack.pop_all()
+        await self._runtime.__aenter__()
         self._open = True
         return self
 
@@ -181,147 +101,7 @@ class Fleet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         self._open = False
-        return await self._stack.__aexit__(kind, error, trace)
-
-    def _restore(self) -> None:
-        """Take up what an earlier manager left in the journal."""
-        last = self.journal.read()[-1:]
-        self._first_seq = last[0].seq if last else 0
-        state = self.journal.last_state(self.name, "state.fleet")
-        if state is None or state.data["deleted"]:
-            return
-        self._turn.restore(FleetState.from_dict(dict(state.data)))
-        config = self.journal.last_state(self.name, "state.config")
-        if config is not None:
-            self.feed.restore(dict(config.data))
-        self._record("manager.started", data={"revision": state.data["target"], "replicas": state.data["replicas"]})
-
-    async def _first_picture(self) -> None:
-        with anyio.move_on_after(SYNC_DEADLINE) as scope:
-            while not self._observer.synced:
-                await self._pulse.wait()
-        if scope.cancelled_caught:
-            raise BackendUnavailable(f"the backend showed no picture of fleet {self.name} within {SYNC_DEADLINE:g} s")
-        for member in self.view.members.values():
-            slot = member.instance.slot
-            found = self.journal.last_state(self.name, f"state.recovery.{slot}")
-            if found is not None and self._turn.state is not None:
-                self.recovery.restore(slot, RecoveryMemory.from_dict(dict(found.data)))
-
-    # ------------------------------------------------------------------------------------------ the loops
-
-    async def _observe(self) -> None:
-        async with aclosing(self._watch()) as seen:
-            async for observation in seen:
-                self._observer.take(observation)
-                self._wake.set()
-                if self._observer.synced and not self._open:
-                    self._beat()
-
-    def _watch(self) -> Any:
-        return self.backend.watch(self.name)
-
-    async def _turns(self) -> None:
-        while True:
-            self._wake = anyio.Event()
-            due = self._turn.take(self.clock.now())
-            self._beat()
-            with anyio.move_on_after(None if due is None else max(0.0, due - self.clock.now())):
-                await self._wake.wait()
-
-    def _beat(self) -> None:
-        """Let those look again who wait for the fleet to get somewhere."""
-        pulse, self._pulse = self._pulse, anyio.Event()
-        pulse.set()
-
-    async def _measure(self) -> None:
-        """Measure usage again and again; what cannot be measured stays unknown."""
-        last = self.clock.now()
-        while True:
-            await self.clock.sleep(self._usage_period)
-            try:
-                with anyio.fail_after(max(1.0, self._usage_period)):
-                    usage = await self.backend.usage(self.name)
-            except (BackendError, TimeoutError) as error:
-                if not self._usage_failing:
-                    self._record("usage.failed", data={"error": str(error)})
-                self._usage_failing = True
-                continue
-            self._usage_failing = False
-            now = self.clock.now()
-            for id, each in usage.items():
-                self.view.measure(id, each)
-            self._sampled, last = (now, now - last), now
-
-    async def _scale_when_running(self) -> None:
-        """The autoscaler sleeps while the fleet is stopped, paused by hand or not deployed."""
-        assert self.autoscaler is not None
-        while True:
-            state = self._turn.state
-            if state is not None and state.running and not state.deleted:
-                await self.autoscaler.step()
-            await self.clock.sleep(self.autoscaler.policy.period)
-
-    # ------------------------------------------------------------------------------------------ what comes in
-
-    def _watch_health(self, instance: Instance) -> None:
-        self.monitor.observe(instance)
-        self._endpoints.refresh(instance.id)
-        if instance.phase in (Phase.DRAINING, Phase.EXITED):
-            self.feed.forget(instance.id)
-
-    def _forget_health(self, id: str) -> None:
-        self.monitor.forget(id)
-        self.feed.forget(id)
-        self._endpoints.refresh(id)
-        self._endpoints.notify()
-
-    def _judged(self, id: str, verdict: Any, status: AgentStatus | None) -> None:
-        self._observer.judged(id, verdict, status)
-        self._wake.set()
-
-    def _reported(self, id: str, status: AgentStatus | None, latency: float, ok: bool) -> None:
-        del latency, ok
-        if status is not None:
-            self._observer.reported(id, status)
-
-    def _serving_changed(self, id: str) -> None:
-        self._endpoints.refresh(id)
-        member = self.view.members.get(id)
-        if member is not None and member.condition in SERVING:
-            self.feed.feed(member.instance)
-
-    def _action_done(self, action: str, id: str, error: BackendError | DeadlineExceeded | None, seconds: float) -> None:
-        if error is None:
-            self._turn.succeeded(action, id)
-        else:
-            data = {
-                "action": action,
-                "error": type(error).__name__,
-                "message": str(error),
-                "seconds": round(seconds, 3),
-            }
-            self._record("action.failed", id, data)
-            self._turn.failed(action, id, error, self.clock.now())
-        self._wake.set()
-
-    def _record(
-        self,
-        kind: str,
-        instance: str | None = None,
-        data: Mapping[str, Any] | None = None,
-        reasons: Sequence[Reason] = (),
-    ) -> None:
-        written = tuple(reason.to_dict() for reason in reasons)
-        self.journal.append(Event(self.clock.now(), self.name, kind, instance, data or {}, written))
-
-    def _credential(self, id: str) -> str | None:
-        return self.backend.credential(self.name, id)
-
-    def _requests(self) -> tuple[float | None, int | None]:
-        state = self._turn.state
-        template = state.template if state is not None else self.spec.template
-        return template.cpu, template.memory
+        return await self._runtime.__aexit__(kind, error, trace)
 
     # ------------------------------------------------------------------------------------------ operations
 
@@ -337,7 +117,7 @@ class Fleet:
             DeadlineExceeded: `timeout` is over; the deployment goes on.
         """
         self._check_open()
-        state, spec, now = self._turn.state, self.spec, self.clock.now()
+        state, spec, now = self.state, self.spec, self.clock.now()
         if state is None or state.deleted:
             state = first_state(spec.template, spec.replicas, now)
             self._set(state, "fleet.deployed", replicas=spec.replicas, revision=1, version=spec.template.version)
@@ -420,14 +200,14 @@ class Fleet:
                 f"({policy.min_replicas}..{policy.max_replicas}): the autoscaler would undo it; change the policy"
             )
         cause = Cause.OPERATOR if reasons is None else Cause.SCALING
-        self._turn.offer(Intent(cause, replicas, tuple(reasons or ())))
-        self._wake.set()
+        self._runtime.turn.sizing.offer(Intent(cause, replicas, tuple(reasons or ())))
+        self._runtime.wake()
 
     async def stop(self, *, wait: bool = True, timeout: float | None = None) -> None:
         """Drain and end all instances, and remember the size for `start`."""
         self._set(replace(self._deployed(), running=False), "fleet.stopped")
         if wait:
-            await self._until(lambda: not self.view, timeout, "all instances are gone")
+            await self._runtime.until(lambda: not self.view, timeout, "all instances are gone")
 
     async def start(self, *, wait: bool = True, timeout: float | None = None) -> None:
         """Bring a stopped fleet back to its size."""
@@ -447,7 +227,7 @@ class Fleet:
     async def delete(self, *, timeout: float | None = None) -> None:
         """Drain and end all instances and forget the fleet; its journal stays."""
         self._set(replace(self._deployed(), deleted=True), "fleet.deleted")
-        await self._until(lambda: not self.view, timeout, "all instances are gone")
+        await self._runtime.until(lambda: not self.view, timeout, "all instances are gone")
 
     async def restart(self, id: str) -> None:
         """Restart one instance in place, now; refused when the disruption budget is spent.
@@ -456,8 +236,8 @@ class Fleet:
             OperationRefused: No such instance, or the governor holds it; the message says why.
         """
         self._deployed()
-        self._turn.restart(id, self.clock.now())
-        self._wake.set()
+        self._runtime.turn.restart(id, self.clock.now())
+        self._runtime.wake()
 
     async def configure(
         self,
@@ -487,7 +267,9 @@ class Fleet:
         self._check_open()
         stored = await self.config.put(self.name, document, author=author, reason=reason)
         if wait:
-            await self._within(timeout, "all agents have answered", self.feed.wait_settled, stored.revision)
+            feed = self._runtime.feed
+            answered = "all agents have answered"
+            await self._runtime.within(timeout, answered, lambda: feed.wait_settled(stored.revision))
         return stored.revision
 
     # ------------------------------------------------------------------------------------------ reading
@@ -495,12 +277,23 @@ class Fleet:
     @property
     def state(self) -> FleetState | None:
         """Desired state; None before the first deployment."""
-        return self._turn.state
+        return self._runtime.desk.state
+
+    @property
+    def view(self) -> FleetView:
+        """Everything known of the instances. Read it; the fleet's loops write it."""
+        return self._runtime.desk.view
+
+    @property
+    def monitor(self) -> HealthMonitor:
+        """The fleet's health monitor: verdicts, statistics, heartbeats that come by other ways."""
+        return self._runtime.monitor
 
     @property
     def decision(self) -> Decision | None:
         """The autoscaler's last decision."""
-        return self.autoscaler.last_decision if self.autoscaler is not None else None
+        autoscaler = self._runtime.autoscaler
+        return autoscaler.last_decision if autoscaler is not None else None
 
     @property
     def instances(self) -> tuple[Instance, ...]:
@@ -509,26 +302,41 @@ class Fleet:
 
     def endpoints(self) -> Endpoints:
         """A live view of the instances that work may be sent to."""
-        return self._endpoints
+        return self._runtime.endpoints
 
     def status(self) -> Mapping[str, Any]:
         """Where the fleet stands, in numbers."""
-        return self._turn.summary()
+        state, counts = self.state, self.view.total_counts()
+        return {
+            "desired": state.desired if state else 0,
+            "good": counts.good,
+            "idle": counts.idle,
+            "busy": counts.busy,
+            "starting": counts.pending + counts.starting + counts.fresh,
+            "unknown": counts.unknown,
+            "sick": counts.sick,
+            "dead": counts.dead,
+            "draining": self.view.draining,
+            "revision": state.target if state else None,
+            "version": state.template.version if state else None,
+            "rolling": bool(state and state.rolling),
+            "frozen": self._runtime.turn.frozen,
+        }
 
     def revisions(self) -> tuple[Revision, ...]:
         """Kept revisions, oldest first."""
-        return self._turn.state.revisions if self._turn.state is not None else ()
+        return self.state.revisions if self.state is not None else ()
 
     async def events(self, *, after: int | None = None) -> AsyncIterator[Event]:
         """What happens, from the opening of this fleet on (or after a journal position), without end."""
-        start = self._first_seq if after is None else after
+        start = self._runtime.first_seq if after is None else after
         async with aclosing(self.journal.follow(fleet=self.name, after=start)) as seen:  # type: ignore[type-var]
             async for event in seen:
                 yield event
 
     async def logs(self, id: str, *, lines: int = 100) -> Sequence[str]:
         """The last lines an instance wrote."""
-        return await self.backend.logs(self.name, id, lines=lines)
+        return await self._runtime.backend.logs(self.name, id, lines=lines)
 
     def report(self) -> Report:
         """The fleet as a table, one row per instance."""
@@ -557,13 +365,13 @@ class Fleet:
         return self.report()._repr_html_()
 
     def __repr__(self) -> str:
-        status = self.status() if self._turn.state is not None else None
+        status = self.status() if self.state is not None else None
         where = "not deployed" if status is None else f"{status['good']} of {status['desired']} healthy"
         return f"<Fleet {self.name}: {where}>"
 
     async def size(self) -> Size:
         """The present size (what an autoscaler needs to know)."""
-        state = self._turn.state
+        state = self.state
         counts = self.view.total_counts()
         return Size(state.desired if state is not None else 0, counts.total, counts.good)
 
@@ -573,20 +381,20 @@ class Fleet:
         """Wait until as many instances as wanted are healthy and no others are there."""
 
         def enough() -> bool:
-            state = self._turn.state
+            state = self.state
             counts = self.view.total_counts()
             return state is not None and counts.good == counts.total == state.desired
 
-        await self._until(enough, timeout, "all instances are healthy")
+        await self._runtime.until(enough, timeout, "all instances are healthy")
 
     async def _rolled_out(self, number: int, timeout: float | None) -> None:
         def over() -> bool:
-            state = self._turn.state
+            state = self.state
             assert state is not None
             return state.rollout.phase is not RolloutPhase.PROGRESSING
 
-        await self._until(over, timeout, f"revision {number} is rolled out")
-        state = self._turn.state
+        await self._runtime.until(over, timeout, f"revision {number} is rolled out")
+        state = self.state
         assert state is not None
         if state.target != number or state.rollout.phase is RolloutPhase.FAILED:
             why = self._why(number)
@@ -594,25 +402,10 @@ class Fleet:
             raise RolloutFailed(f"revision {number} could not be rolled out: {why}; {runs}")
 
     def _why(self, number: int) -> str:
-        for event in reversed(self.journal.read(fleet=self.name, after=self._first_seq)):
+        for event in reversed(self.journal.read(fleet=self.name, after=self._runtime.first_seq)):
             if event.kind == "rollout.failed" and event.data.get("revision") == number:
                 return "; ".join(reason["text"] for reason in event.reasons)
         return "another revision was asked for meanwhile"
-
-    async def _until(self, reached: Callable[[], bool], timeout: float | None, what: str) -> None:
-        async def wait() -> None:
-            while not reached():
-                await self._pulse.wait()
-
-        self._check_open()
-        await self._within(timeout, what, wait)
-
-    async def _within(self, timeout: float | None, what: str, wait: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            with anyio.fail_after(timeout):
-                await wait(*arguments)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"fleet {self.name}: waited {timeout:g} s until {what}; it goes on") from error
 
     def _check_open(self) -> None:
         if not self._open:
@@ -620,7 +413,7 @@ class Fleet:
 
     def _deployed(self) -> FleetState:
         self._check_open()
-        state = self._turn.state
+        state = self.state
         if state is None or state.deleted:
             raise OperationRefused(f"fleet {self.name} is not deployed; await fleet.deploy() first")
         return state
@@ -628,13 +421,7 @@ class Fleet:
     def _set(self, state: FleetState, kind: str, **data: Any) -> None:
         """Take over a new desired state, recorded before anything is done about it."""
         self._check_open()
-        self._record(kind, data=data)
-        self._turn.state = state
-        self._turn.save()
-        self._wake.set()
-
-
-def _own_prober(backend: Backend) -> Prober | None:
-    """The prober of a backend whose instances have no sockets (a simulation)."""
-    make = getattr(backend, "prober", None)
-    return make() if make is not None else None
+        self._runtime.record(kind, data=data)
+        self._runtime.desk.state = state
+        self._runtime.turn.save()
+        self._runtime.wake()

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from agentfleet.backends.base import Changed, Observation, Removed, Snapshot
 from agentfleet.clock import Clock
 from agentfleet.core.health import Verdict
+from agentfleet.desk import Desk
 from agentfleet.instances import AgentStatus, HealthState, Instance, Phase
-from agentfleet.turn import Record, Turn
-from agentfleet.view import Condition, FleetView, Member
+from agentfleet.turn import Turn
+from agentfleet.view import Condition, Member
 
 UNSEEN_GRACE = 10.0
 """Seconds for which a snapshot that lacks an instance we just created may simply be older than it."""
@@ -23,9 +24,8 @@ class Observer:
     """Keeps one fleet's view true.
 
     Args:
-        view: Where everything is kept.
+        desk: The fleet's working place.
         turn: Told of changed conditions.
-        record: Writes events.
         clock: Dates what is seen.
         watch_health: Called with each instance as it looks now, so that it is probed.
         forget_health: Called with the id of each instance that is gone.
@@ -33,17 +33,17 @@ class Observer:
 
     def __init__(
         self,
-        view: FleetView,
+        desk: Desk,
         turn: Turn,
-        record: Record,
         clock: Clock,
         *,
         watch_health: Callable[[Instance], None],
         forget_health: Callable[[str], None],
     ) -> None:
-        self._view = view
+        self._desk = desk
+        self._view = desk.view
+        self._record = desk.record
         self._turn = turn
-        self._record = record
         self._clock = clock
         self._watch_health = watch_health
         self._forget_health = forget_health
@@ -62,7 +62,7 @@ class Observer:
             self._replace_all(seen)
 
     def _replace_all(self, snapshot: Snapshot) -> None:
-        self._turn.nodes = {node.name: node for node in snapshot.nodes}
+        self._desk.nodes = {node.name: node for node in snapshot.nodes}
         present = {instance.id for instance in snapshot.instances}
         now = self._clock.now()
         for id, member in tuple(self._view.members.items()):

@@ -104,10 +104,6 @@ class Recovery:
         """The `count` wishes that have waited longest."""
         return list(islice(self._wishes.values(), count))
 
-    def wish(self, slot: int) -> Wish | None:
-        """What is wanted for a slot."""
-        return self._wishes.get(slot)
-
     def acted(self, slot: int, remedy: Remedy, now: float) -> RecoveryMemory:
         """Note that a remedy is being carried out; returns the slot's new memory, to be recorded."""
         self._wishes.pop(slot, None)
@@ -124,6 +120,8 @@ class Recovery:
 
     def next_due(self) -> float | None:
         """When `examine` has something to do even if nothing changes."""
+        if self._touched:
+            return 0.0  # at once: something was touched while the last look went on
         return self._due[0][0] if self._due else None
 
     def _keep(self, slot: int, memory: RecoveryMemory) -> None:

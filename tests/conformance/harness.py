@@ -193,7 +193,9 @@ class World:
         finally:
             await seen.close()
 
-    def creation(self, id: str, *, slot: int = 0, fleet: str = FLEET, template: AgentTemplate | None = None) -> Creation:
+    def creation(
+        self, id: str, *, slot: int = 0, fleet: str = FLEET, template: AgentTemplate | None = None
+    ) -> Creation:
         """A request for one well-behaved instance."""
         return Creation(id=id, fleet=fleet, slot=slot, revision=3, template=template or self.harness.template())
 

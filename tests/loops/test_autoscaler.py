@@ -234,7 +234,7 @@ async def test_a_failed_change_is_written_and_tried_again() -> None:
     bench = Bench()
     bench.fleet.scale_fails = BackendUnavailable("quota")
     assert await bench.turn(150.0) == 10
-    assert bench.scaler.memory.added == ()
+    assert not bench.scaler.memory.added
     bench.fleet.scale_fails = None
     assert await bench.turn(150.0) == 15
     assert bench.journal.kinds() == ["scaling.decision", "scaling.failed", "scaling.decision"]

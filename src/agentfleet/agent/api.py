@@ -161,12 +161,15 @@ class Api:
     # ------------------------------------------------------------------------------------------------ tasks
 
     async def _task(self, body: bytes, gone: asyncio.Future[None]) -> Answer | None:
-        task = _parse_task(body)
-        if isinstance(task, str):
-            return describe(422, task)
+        parsed = _parse_task(body)
+        if isinstance(parsed, str):
+            return describe(422, parsed)
+        task, resume = parsed
         if self._waiters >= self._max_waiters:
             return describe(429, "too many requests wait for tasks already")
-        run = self._ledger.submit(task)
+        run = self._ledger.submit(task, resume=resume)
+        if run is Refused.UNKNOWN:
+            return describe(404, "this process does not know the task")
         if run is Refused.BUSY:
             return describe(429, "busy")
         if run is Refused.DRAINING:
@@ -216,7 +219,8 @@ def _load(body: bytes) -> dict[str, Any] | str:
     return data if isinstance(data, dict) else "the body must be a JSON object"
 
 
-def _parse_task(body: bytes) -> Task | str:
+def _parse_task(body: bytes) -> tuple[Task, bool] | str:
+    """The task, and whether it may only be resumed: joined or answered from what is kept, never begun."""
     data = _load(body)
     if isinstance(data, str):
         return data
@@ -225,7 +229,8 @@ def _parse_task(body: bytes) -> Task | str:
         return "id must be 1 to 256 printable characters"
     if type(attempt) is not int or not 1 <= attempt <= 1_000_000:
         return "attempt must be a whole number from 1"
-    return Task(id, data.get("payload"), attempt)
+    resume = data.get("resume", False)
+    return (Task(id, data.get("payload"), attempt), resume) if isinstance(resume, bool) else "resume must be a boolean"
 
 
 def _parse_config(body: bytes) -> tuple[int, dict[str, Any]] | str:

@@ -18,10 +18,11 @@ KEPT_BYTES = 32 * 2**20
 
 
 class Refused(StrEnum):
-    """Why a task was not taken. Neither counts as a try: it has not run."""
+    """Why a task was not taken. It has not run."""
 
     BUSY = "busy"
     DRAINING = "draining"
+    UNKNOWN = "unknown"
 
 
 class Outcome:
@@ -84,8 +85,8 @@ class Ledger:
         """Cause of the newest failure, None once a task has succeeded since."""
         self._changed = asyncio.Event()
 
-    def submit(self, task: Task) -> Run | Refused:
-        """Join the run of this task, find its kept answer, or take it on."""
+    def submit(self, task: Task, *, resume: bool = False) -> Run | Refused:
+        """Join the run of this task, find its kept answer, or (unless it only wants to `resume`) take it on."""
         run = self.running.get(task.id) or self._ids_waiting.get(task.id)
         if run is not None:
             return run
@@ -94,9 +95,9 @@ class Ledger:
             if kept.outcome.ok or task.attempt <= kept.task.attempt:
                 self._kept.move_to_end(task.id)
                 return kept
-            if not self.draining:
+            if not self.draining and not resume:
                 self._drop(task.id)  # a failure, and this is a further attempt
-        return self._admit(task)
+        return Refused.UNKNOWN if resume else self._admit(task)
 
     def _admit(self, task: Task) -> Run | Refused:
         if self.draining:

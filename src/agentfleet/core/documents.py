@@ -52,6 +52,8 @@ def check(document: object, *, max_bytes: int, max_depth: int) -> tuple[str, tup
         problems.append(problem)
         if len(problems) == _MOST:
             break
+    if walk.left < 0:  # the walk stopped there: what is left must not be written, however the budget ran out
+        problems.append(Problem("(the whole)", f"is more than {max_bytes} bytes of JSON"))
     if problems:
         return "", tuple(problems)
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -71,9 +73,7 @@ class _Walk:
     def visit(self, value: object, place: Place) -> Iterator[Problem]:
         # each value takes a byte of text at least, so one list repeated many times over cannot keep us long
         self.left -= 1
-        if self.left < 0:
-            yield Problem("(the whole)", f"is more than {self.max_bytes} bytes of JSON")
-        elif value is None or isinstance(value, bool):
+        if self.left < 0 or value is None or isinstance(value, bool):
             return
         elif isinstance(value, dict | list | tuple):
             yield from self.inside(value, place)

@@ -51,6 +51,7 @@ _PENDING: Final = (Reason("health.pending", "it does not run yet"),)
 _DRAINING: Final = (Reason("health.draining", "it finishes its work, and is judged no more"),)
 _UNDECIDED: Final = (Reason("health.undecided", "no check has passed or failed often enough to decide"),)
 _STUCK: Final = Reason("health.stuck", "it says that it is busy, and reports no progress")
+_UNDAMPED: Final = (HealthState.STARTING, HealthState.DEAD)
 _GONE: Final = {
     Phase.EXITED: (Reason("health.exited", "its process has ended"),),
     Phase.LOST: (Reason("health.lost", "its node cannot be reached"),),
@@ -69,7 +70,7 @@ def decide(policy: HealthPolicy, signal: Signal, memory: HealthMemory, now: floa
     seen = _absorb(policy, signal, memory, now)
     state, reasons = _judge(policy, seen, now)
     flaps = seen.flaps
-    if policy.flap_window and memory.phase is seen.phase and state is not seen.state:
+    if policy.flap_window and state is not seen.state and state not in _UNDAMPED:
         state, reasons, flaps = _damp(policy, seen, state, reasons, now)
     if state is not seen.state:
         seen = replace(seen, state=state, since=now, flaps=flaps)
@@ -257,9 +258,8 @@ def _judge_readiness(policy: HealthPolicy, memory: HealthMemory, now: float) -> 
 
 def _patience(policy: HealthPolicy, check: HeartbeatCheck, rhythm: Rhythm) -> float:
     """Seconds of silence that make an instance unhealthy."""
-    if rhythm.count == 0:
-        return max(policy.startup, check.min_silence)
-    return max(check.min_silence, silence_for(check.phi, rhythm.mean, rhythm.deviation))
+    patience = max(check.min_silence, silence_for(check.phi, rhythm.mean, rhythm.deviation))
+    return patience if rhythm.count else max(policy.startup, patience)
 
 
 def _is_heard(policy: HealthPolicy, check: HeartbeatCheck, memory: HealthMemory, now: float) -> bool | None:

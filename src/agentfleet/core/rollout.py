@@ -129,7 +129,7 @@ def decide(
     elif memory.phase is RolloutPhase.FAILED:
         if policy.auto_rollback and not memory.is_rollback:
             roll_back_to = observed.fallback
-        reasons = (*_failure(policy, observed, memory, now), *reasons)
+        reasons = _failure(policy, observed, memory, now)
     return replace(step, phase=memory.phase, roll_back_to=roll_back_to, reasons=reasons, wake=wake), memory
 
 

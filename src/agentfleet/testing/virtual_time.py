@@ -100,7 +100,7 @@ def _listed(what: str, names: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------ trio
 
 
-async def _on_trio(async_fn: Callable[[Unpack[ArgsTs]], Awaitable[ResultT]], args: tuple[Unpack[ArgsTs]]) -> ResultT:
+async def _on_trio(async_fn: Callable[[Unpack[ArgsTs]], Awaitable[ResultT]], args: tuple[*ArgsTs]) -> ResultT:
     """Run `async_fn` under a watchdog that cancels it when the autojumping clock has nowhere left to jump to."""
     import trio  # noqa: PLC0415 - only who runs on trio needs it
 
@@ -129,10 +129,10 @@ def _trio_watchdog(scope: Any) -> Any:
         def __init__(self) -> None:
             self._idle = 0
 
-        def task_scheduled(self, task: object) -> None:
+        def task_scheduled(self, task: object) -> None:  # noqa: ARG002
             self._idle = 0
 
-        def before_io_wait(self, timeout: float) -> None:
+        def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002
             self._idle += 1
             if self._idle < 3:
                 return
@@ -150,15 +150,15 @@ def _trio_seeded(seed: int) -> Iterator[dict[str, Any]]:
     import trio  # noqa: PLC0415
     import trio.testing  # noqa: PLC0415
 
-    scheduler: Any = trio._core._run  # type: ignore[attr-defined]  # noqa: SLF001 - there is no public way
-    before = (scheduler._r.getstate(), scheduler._ALLOW_DETERMINISTIC_SCHEDULING)  # noqa: SLF001
-    scheduler._r.seed(seed)  # noqa: SLF001
-    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True  # noqa: SLF001
+    scheduler: Any = trio._core._run  # there is no public way
+    before = (scheduler._r.getstate(), scheduler._ALLOW_DETERMINISTIC_SCHEDULING)
+    scheduler._r.seed(seed)
+    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
     try:
         yield {"clock": trio.testing.MockClock(autojump_threshold=0)}
     finally:
-        scheduler._r.setstate(before[0])  # noqa: SLF001
-        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = before[1]  # noqa: SLF001
+        scheduler._r.setstate(before[0])
+        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = before[1]
 
 
 # ------------------------------------------------------------------------------------------------ the public face
@@ -176,7 +176,7 @@ def _random_seeded(seed: int) -> Iterator[None]:
 
 def run_virtual(
     async_fn: Callable[[Unpack[ArgsTs]], Awaitable[ResultT]],
-    *args: Unpack[ArgsTs],
+    *args: *ArgsTs,
     backend: str = "asyncio",
     seed: int = 0,
 ) -> ResultT:

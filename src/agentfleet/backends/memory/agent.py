@@ -58,9 +58,7 @@ class Machine:
     @property
     def free(self) -> bool:
         """Whether a new instance may be placed here."""
-        return (
-            self.reachable and self.node.schedulable and (self.capacity is None or len(self.agents) < self.capacity)
-        )
+        return self.reachable and self.node.schedulable and (self.capacity is None or len(self.agents) < self.capacity)
 
 
 @dataclass(slots=True, eq=False)

@@ -150,7 +150,7 @@ class MemoryBackend:
         await self._act("logs", effect)
         return found
 
-    def credential(self, fleet: str, id: str) -> str | None:
+    def credential(self, fleet: str, id: str) -> str | None:  # noqa: ARG002 - the port asks so
         """None: simulated agents ask for no token."""
         return None
 

@@ -9,14 +9,13 @@ restarts in place, so that only a replacement helps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from agentfleet.backends.memory.agent import Agent, Condition, Machine
 from agentfleet.backends.memory.watch import Watch
 from agentfleet.backends.memory.world import World
 from agentfleet.errors import BackendError, BackendRefused, Conflict, InstanceGone
-from agentfleet.instances import Node
 
 Action = Literal["create", "stop", "restart", "usage", "logs"]
 CHANGES: tuple[Action, ...] = ("create", "stop", "restart")
@@ -74,7 +73,7 @@ class Faults:
         sticky: bool = False,
     ) -> int:
         """The process runs but answers nothing: HTTP probes time out, SIGTERM is ignored. TCP is still accepted."""
-        return self._ail("hung", True, False, self._pick(id, node, fleet), seconds, sticky)
+        return self._ail(self._pick(id, node, fleet), "hung", True, cured=False, seconds=seconds, sticky=sticky)
 
     def slow(
         self,
@@ -87,7 +86,7 @@ class Faults:
         sticky: bool = False,
     ) -> int:
         """Answers take `latency` seconds."""
-        return self._ail("slow", latency, 0.0, self._pick(id, node, fleet), seconds, sticky)
+        return self._ail(self._pick(id, node, fleet), "slow", latency, cured=0.0, seconds=seconds, sticky=sticky)
 
     def unhealthy(
         self,
@@ -99,7 +98,7 @@ class Faults:
         sticky: bool = False,
     ) -> int:
         """HTTP probes are answered with 503."""
-        return self._ail("unhealthy", True, False, self._pick(id, node, fleet), seconds, sticky)
+        return self._ail(self._pick(id, node, fleet), "unhealthy", True, cured=False, seconds=seconds, sticky=sticky)
 
     def stall(
         self,
@@ -112,11 +111,11 @@ class Faults:
     ) -> int:
         """Probes are answered well, but /status tells of a task without progress since now."""
         now = self._world.advance()
-        return self._ail("stalled_since", now, None, self._pick(id, node, fleet), seconds, sticky)
+        return self._ail(self._pick(id, node, fleet), "stalled_since", now, cured=None, seconds=seconds, sticky=sticky)
 
     def ignore_term(self, id: str | None = None, *, node: str | None = None, fleet: str | None = None) -> int:
         """SIGTERM is ignored: a drain takes its whole grace and ends in the kill."""
-        return self._ail("ignores_term", True, False, self._pick(id, node, fleet), None, False)
+        return self._ail(self._pick(id, node, fleet), "ignores_term", True, cured=False, seconds=None, sticky=False)
 
     def cure(self, id: str | None = None, *, node: str | None = None, fleet: str | None = None) -> int:
         """Undo everything that ails processes."""
@@ -150,8 +149,7 @@ class Faults:
     def cordon(self, node: str, *, schedulable: bool = False) -> None:
         """Place nothing new on a node; `schedulable=True` undoes it."""
         now, machine = self._world.advance(), self._machine(node)
-        old = machine.node
-        machine.node = Node(old.name, ready=old.ready, schedulable=schedulable, zone=old.zone)
+        machine.node = replace(machine.node, schedulable=schedulable)
         self._world.place_waiting(now)
         self._world.relist()
 
@@ -264,7 +262,7 @@ class Faults:
         return [agent for agent in found if fleet is None or agent.fleet == fleet]
 
     def _ail(
-        self, what: str, value: object, cured: object, hit: list[Agent], seconds: float | None, sticky: bool
+        self, hit: list[Agent], what: str, value: object, *, cured: object, seconds: float | None, sticky: bool
     ) -> int:
         now = self._world.advance()
         for agent in hit:
@@ -282,9 +280,7 @@ class Faults:
 
         return cure
 
-    def _until(
-        self, now: float, key: tuple[str, str], seconds: float | None, undo: Callable[[float], None]
-    ) -> None:
+    def _until(self, now: float, key: tuple[str, str], seconds: float | None, undo: Callable[[float], None]) -> None:
         """Undo a fault after `seconds`, unless it was renewed or undone by then."""
         self._ends.pop(key, None)
         if seconds is None:

@@ -27,7 +27,13 @@ class MemoryProber:
         self._world = world
         self._load = load
 
-    async def probe(self, instance: Instance, index: int, check: Check, credential: str | None = None) -> Probed:
+    async def probe(
+        self,
+        instance: Instance,
+        index: int,
+        check: Check,
+        credential: str | None = None,  # noqa: ARG002 - simulated agents ask for no token
+    ) -> Probed:
         """Probe once.
 
         Args:
@@ -58,7 +64,7 @@ class MemoryProber:
         agent = self._world.agents.get(instance.id)
         return agent if agent is not None and agent.runs and agent.address == instance.address else None
 
-    def _latency(self, instance: Instance, check: HttpCheck | TcpCheck | object) -> float:
+    def _latency(self, instance: Instance, check: object) -> float:
         agent = self._world.agents.get(instance.id)
         if agent is not None and agent.lost:
             return float("inf")

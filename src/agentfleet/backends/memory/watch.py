@@ -161,4 +161,3 @@ class Watch:
                 await self._wake.wait()
         finally:
             self._wake, self._waits_until = None, math.inf
-

@@ -13,6 +13,7 @@ import math
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from hashlib import blake2b
 
 from agentfleet.backends.base import Changed, Creation, Removed, Snapshot
@@ -20,7 +21,7 @@ from agentfleet.backends.memory.agent import Agent, Behavior, Machine
 from agentfleet.backends.memory.watch import Watch
 from agentfleet.clock import Clock
 from agentfleet.errors import InstanceGone
-from agentfleet.instances import Node, Phase
+from agentfleet.instances import Phase
 
 Range = tuple[float, float]
 AgentEvent = Callable[[Agent, float], None]
@@ -231,7 +232,8 @@ class World:
             agent.condition = None
         if behavior.slow or behavior.ignores_term:
             condition = agent.ail()
-            condition.slow, condition.ignores_term = behavior.slow, behavior.ignores_term
+            condition.slow = max(condition.slow, behavior.slow)
+            condition.ignores_term = condition.ignores_term or behavior.ignores_term
         agent.write(at, f"started version {agent.version}")
         if not behavior.never_ready:
             if behavior.ready_after > 0:
@@ -318,7 +320,7 @@ class World:
     def cut(self, machine: Machine, at: float) -> None:
         """The engine hears no more of a node: its instances are lost, whatever they really do."""
         machine.reachable = False
-        machine.node = Node(machine.node.name, ready=False, schedulable=machine.node.schedulable, zone=machine.node.zone)
+        machine.node = replace(machine.node, ready=False)
         for agent in list(machine.agents.values()):
             self.refresh(agent, at)
         self.relist()
@@ -326,7 +328,7 @@ class World:
     def join(self, machine: Machine, at: float) -> None:
         """The node is back: what happened on it is seen, and what was ordered meanwhile is done."""
         machine.reachable = True
-        machine.node = Node(machine.node.name, schedulable=machine.node.schedulable, zone=machine.node.zone)
+        machine.node = replace(machine.node, ready=True)
         for agent in list(machine.agents.values()):
             if agent.phase is Phase.EXITED:
                 self._follow_up(agent, at)

@@ -78,7 +78,8 @@ class ProcessBackend:
             raise ValueError("max_output: at least 1024 bytes")
         if on_close not in ("stop", "keep"):
             raise ValueError('on_close: "stop" or "keep"')
-        self._ports = Ports(ports)
+        self._make_ports = lambda: Ports(ports)
+        self._make_ports()  # what is wrong with the range is said here
         self._path = Path(state_dir) if state_dir is not None else default_state_dir()
         self._stops = on_close == "stop"
         self._grace = close_grace
@@ -86,6 +87,7 @@ class ProcessBackend:
         self._node = node or socket.gethostname() or "local"
         self._max_output = max_output
         self._house: House | None = None
+        self._outer: anyio.abc.TaskGroup
         self._tasks: anyio.abc.TaskGroup | None = None
 
     # ------------------------------------------------------------------------------------------------ coming and going
@@ -98,15 +100,26 @@ class ProcessBackend:
         # Shielded, so that an acquired lock cannot get lost between the thread and this task.
         with anyio.CancelScope(shield=True):
             state, found = await anyio.to_thread.run_sync(_open, self._path)
-        self._ports.begin_at(int(state.marker, 16))
-        self._house = House(state, self._ports, self._clock, self._node)
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
-        for one in found:
-            self._adopt(one, self._house, self._tasks)
-        self._tasks.start_soon(self._house.keep_trimmed, self._max_output)
-        self._tasks.start_soon(self._house.keep_swept)
+        used = self._make_ports()
+        used.begin_at(int(state.marker, 16))
+        self._house = House(state, used, self._clock, self._node)
+        self._outer = anyio.create_task_group()
+        await self._outer.__aenter__()
+        with anyio.CancelScope(shield=True):
+            self._tasks = await self._outer.start(self._serve, self._house, found)
         return self
+
+    async def _serve(
+        self, house: House, found: Sequence[Found], *, task_status: anyio.abc.TaskStatus[anyio.abc.TaskGroup]
+    ) -> None:
+        """Run the keepers, out of reach of whatever cancels the body: they are needed to stop the instances."""
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as tasks:
+                for one in found:
+                    self._adopt(one, house, tasks)
+                tasks.start_soon(house.keep_trimmed, self._max_output)
+                tasks.start_soon(house.keep_swept)
+                task_status.started(tasks)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -123,17 +136,17 @@ class ProcessBackend:
         left: list[str] = []
         swallowed = False
         try:
-            if self._stops:
+            if self._stops and not tasks.cancel_scope.cancel_called:  # else a keeper failed, and with it all of them
                 left = await self._stop_all(house)
         finally:
             tasks.cancel_scope.cancel()
+            self._outer.cancel_scope.cancel()
             try:
-                # A cancellation may be the group's own, and it must see it. Any other error is not handed to the
-                # group, which would wrap it.
+                # A cancellation may be the group's own, so it must see it; any other error it would only wrap.
                 if isinstance(error, anyio.get_cancelled_exc_class()):
-                    swallowed = bool(await tasks.__aexit__(kind, error, trace))
+                    swallowed = bool(await self._outer.__aexit__(kind, error, trace))
                 else:
-                    await tasks.__aexit__(None, None, None)
+                    await self._outer.__aexit__(None, None, None)
             finally:
                 self._house = None
                 house.end_watches()

@@ -1,0 +1,66 @@
+"""What the parts of one fleet's turn share: the spec, the view, the wanted state, and the ways to act and to record.
+
+There is one `Desk` per fleet, and only its turn (`turn.Turn` with `sizing` and `repair`) changes `state`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from agentfleet.actuator import Actuator
+from agentfleet.core.governor import Disruption
+from agentfleet.instances import Instance, Node
+from agentfleet.recovery import Wish
+from agentfleet.specs import FleetSpec
+from agentfleet.state import FleetState
+from agentfleet.view import FleetView, Member
+
+Record = Callable[..., None]
+"""`record(kind, instance=None, data=None, reasons=())`: writes one event of this fleet."""
+
+
+@dataclass
+class Desk:
+    """One fleet's working place."""
+
+    spec: FleetSpec
+    view: FleetView
+    actuator: Actuator
+    record: Record
+    rng: random.Random
+    """Makes instance ids."""
+    state: FleetState | None = None
+    nodes: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> FleetState:
+        """The state of a fleet that is deployed."""
+        assert self.state is not None, "nothing is decided before the first deployment"
+        return self.state
+
+    def drain_of(self, instance: Instance) -> float:
+        """Seconds that an instance may finish its work, by its own revision's template."""
+        revision = self.wanted.revision(instance.revision)
+        return revision.template.drain if revision is not None else self.wanted.template.drain
+
+    def end(self, member: Member, grace: float) -> None:
+        """Take an instance out of service and tell it to go."""
+        self.view.drain(member.instance.id)
+        self.actuator.stop(member.instance.id, grace=grace)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A disruption that a part of the turn wants, for the governor to admit or hold."""
+
+    disruption: Disruption
+    member: Member
+    wish: Wish | None = None
+    """The remedy, if recovery wants it; otherwise the instance is to be removed."""
+
+    @property
+    def action(self) -> str:
+        """What would be done."""
+        return "remove" if self.wish is None else self.wish.remedy.value

@@ -1,0 +1,160 @@
+"""The part of a turn that repairs: ailing slots → `core.recovery` → remedies, once the governor admits them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+from agentfleet.core.governor import Cause, Disruption
+from agentfleet.core.reason import Reason
+from agentfleet.core.recovery import Ailment, Case, RecoveryMemory, Remedy
+from agentfleet.desk import Desk, Proposal
+from agentfleet.instances import Phase
+from agentfleet.recovery import Recovery, Wish
+from agentfleet.sizing import Sizing
+from agentfleet.view import GOOD, SERVING, Condition, Member
+
+AILING = (Condition.SICK, Condition.DEAD)
+
+
+class Repair:
+    """Repairs one fleet's instances.
+
+    Args:
+        desk: The fleet's working place.
+        recovery: The book of ailing slots.
+        sizing: Fills the places of replaced instances, and rolls back.
+    """
+
+    def __init__(self, desk: Desk, recovery: Recovery, sizing: Sizing) -> None:
+        self._desk = desk
+        self._recovery = recovery
+        self._sizing = sizing
+        self._sick_since: dict[int, float] = {}
+
+    def changed(self, member: Member, before: Condition | None, now: float) -> bool:
+        """Take in a changed condition; True when the slot has proved itself, for good or ill."""
+        slot, condition = member.instance.slot, member.condition
+        self._recovery.touch(slot)
+        if condition is Condition.DRAINING or self._desk.view.holder(slot) is not member:
+            return False
+        if condition in AILING:
+            self._sick_since.setdefault(slot, now)
+            if before not in AILING:
+                self._sizing.count_failure(member.instance.revision)
+            return True
+        if condition in GOOD:
+            since = self._sick_since.pop(slot, None)
+            if since is not None:
+                data = {"slot": slot, "seconds": round(now - since, 3)}
+                self._desk.record("instance.recovered", member.instance.id, data)
+            return True
+        return False
+
+    def touch(self, slot: int) -> None:
+        """Look at a slot again in the next turn."""
+        self._recovery.touch(slot)
+
+    def next_due(self) -> float | None:
+        """When there is something to do even if nothing changes."""
+        return self._recovery.next_due()
+
+    # ------------------------------------------------------------------------------------------ deciding
+
+    def case_of(self, slot: int, now: float) -> Case | None:
+        """What recovery needs to know of a slot; None when there is nothing to judge now."""
+        desk = self._desk
+        member = desk.view.holder(slot)
+        if member is None or member.instance.id in desk.actuator.busy:
+            return None
+        instance = member.instance
+        ailment = _ailment(member)
+        if ailment in (Ailment.NONE, Ailment.UNPROVEN):
+            return Case(ailment, now)
+        counts, state = desk.view.counts(instance.revision), desk.wanted
+        return Case(
+            ailment,
+            self._sick_since.get(slot, now),
+            other_nodes=self._other_nodes(instance.node),
+            revision_sick=(counts.sick + counts.dead) / max(1, counts.total),
+            can_roll_back=instance.revision == state.target
+            and state.fallback is not None
+            and not state.rollout.is_rollback,
+        )
+
+    def _other_nodes(self, node: str | None) -> bool:
+        return any(each.ready and each.schedulable and each.name != node for each in self._desk.nodes.values())
+
+    def proposals(self, taken: Collection[int], now: float) -> Iterator[Proposal]:
+        """Carry out what disturbs nobody; propose the rest.
+
+        Args:
+            taken: Slots whose instance is about to be removed anyway.
+            now: Seconds.
+        """
+        for seen in self._recovery.examine(lambda slot: self.case_of(slot, now), now):
+            if seen.memory_changed:
+                self._remember(seen.slot)
+            member = self._desk.view.holder(seen.slot)
+            if seen.wish and member and seen.slot not in taken and _is_harmless(member, seen.wish):
+                self.apply(seen.wish, member, now)
+        # one more than the budget, so that what is held back is recorded; the rest waits unseen
+        budget = self._desk.spec.recovery.budget(self._desk.wanted.desired)
+        for wish in self._recovery.wishes(budget + 1):
+            member = self._desk.view.holder(wish.slot)
+            if member is not None and wish.slot not in taken:
+                yield Proposal(Disruption(wish.slot, Cause.RECOVERY, member.condition in SERVING), member, wish)
+
+    # ------------------------------------------------------------------------------------------ acting
+
+    def apply(self, wish: Wish, member: Member, now: float) -> None:
+        """Carry out a remedy."""
+        desk, instance = self._desk, member.instance
+        self._recovery.acted(wish.slot, wish.remedy, now)
+        data = {"slot": wish.slot, "remedy": wish.remedy.value}
+        desk.record(f"recovery.{wish.remedy.value}", instance.id, data, wish.reasons)
+        self._remember(wish.slot)
+        grace = min(desk.spec.recovery.grace, desk.drain_of(instance))
+        remedies: dict[Remedy, Callable[[], None]] = {
+            Remedy.RESTART: lambda: desk.actuator.restart(instance.id, grace=grace),
+            Remedy.REPLACE: lambda: desk.end(member, grace),
+            Remedy.ELSEWHERE: lambda: self._elsewhere(member, grace),
+            Remedy.ROLL_BACK: lambda: self._roll_back(wish.reasons, now),
+            Remedy.ASK: lambda: None,  # the event is the call for help
+        }
+        remedies[wish.remedy]()
+
+    def _elsewhere(self, member: Member, grace: float) -> None:
+        if member.instance.node is not None:
+            self._sizing.avoid(member.instance.slot, member.instance.node)
+        self._desk.end(member, grace)
+
+    def _roll_back(self, reasons: tuple[Reason, ...], now: float) -> None:
+        fallback = self._desk.wanted.fallback
+        if fallback is not None:
+            self._sizing.roll_back(fallback, reasons, now)
+
+    def forget(self, slot: int) -> None:
+        """The place is given up: who fills it next starts without its history."""
+        self._sick_since.pop(slot, None)
+        if self._recovery.memory(slot) != RecoveryMemory():
+            self._recovery.forget(slot)
+            self._remember(slot)
+
+    def _remember(self, slot: int) -> None:
+        self._desk.record(f"state.recovery.{slot}", data=self._recovery.memory(slot).to_dict())
+
+
+def _ailment(member: Member) -> Ailment:
+    condition = member.condition
+    if condition in GOOD:
+        return Ailment.NONE
+    if condition is Condition.SICK:
+        return Ailment.SICK
+    if condition is Condition.DEAD:
+        return Ailment.LOST if member.instance.phase is Phase.LOST else Ailment.EXITED
+    return Ailment.UNPROVEN
+
+
+def _is_harmless(member: Member, wish: Wish) -> bool:
+    """Nothing runs there any more, or nothing is done to what runs."""
+    return member.instance.phase is Phase.EXITED or wish.remedy in (Remedy.ASK, Remedy.ROLL_BACK)

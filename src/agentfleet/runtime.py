@@ -1,0 +1,304 @@
+"""The running fleet: puts the parts together, runs their loops, and carries what one says to the others.
+
+`Fleet` (the face) and the parts (the rooms) know nothing of each other but through here. What flows:
+
+    backend.watch ─→ Observer ─→ view ─→ Turn ─→ Actuator ─→ backend
+    probes ─→ HealthMonitor ─→ Observer        Turn ─→ journal
+    Autoscaler ─→ intents ─→ Turn              view ─→ Endpoints, ConfigFeed
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+
+from agentfleet.actuator import Actuator
+from agentfleet.autoscaler import Autoscaler, MetricSource, ScaleTarget
+from agentfleet.backends.base import Backend
+from agentfleet.clock import Clock
+from agentfleet.configstore import ConfigStore
+from agentfleet.core.health import Verdict
+from agentfleet.core.reason import Reason
+from agentfleet.core.recovery import RecoveryMemory
+from agentfleet.desk import Desk
+from agentfleet.endpoints import Endpoints
+from agentfleet.errors import BackendError, BackendUnavailable, DeadlineExceeded
+from agentfleet.events import Event
+from agentfleet.feed import ConfigFeed
+from agentfleet.health import HealthMonitor
+from agentfleet.instances import AgentStatus, Instance, Phase
+from agentfleet.observer import Observer
+from agentfleet.recovery import Recovery
+from agentfleet.resources import FleetMetrics
+from agentfleet.signals.http import HttpClient
+from agentfleet.signals.probes import Prober
+from agentfleet.specs import FleetSpec
+from agentfleet.state import FleetState
+from agentfleet.stores.journal import Journal
+from agentfleet.turn import Turn
+from agentfleet.view import SERVING, FleetView
+
+SYNC_DEADLINE = 60.0
+"""Seconds for the backend's first whole picture."""
+
+
+class Runtime:
+    """One fleet's parts and loops. See `Fleet` for the arguments."""
+
+    def __init__(
+        self,
+        spec: FleetSpec,
+        *,
+        backend: Backend,
+        journal: Journal,
+        clock: Clock,
+        config: ConfigStore,
+        target: ScaleTarget,
+        metrics: Mapping[str, MetricSource],
+        prober: Prober | None,
+        usage_period: float,
+        seed: int | None,
+    ) -> None:
+        self.name = spec.name
+        self.backend = backend
+        self.journal = journal
+        self.clock = clock
+        self.http = HttpClient()
+        self.first_seq = 0
+        """Position of the journal at the opening."""
+        self._usage_period = usage_period
+        self._usage_failing = False
+        self._sampled: tuple[float, float] | None = None
+        self._wake = anyio.Event()
+        self._pulse = anyio.Event()
+        self._stack = AsyncExitStack()
+
+        rng = random.Random(seed if seed is not None else os.urandom(16))  # noqa: S311 - names and jitter, no secrets
+        view = FleetView(min_ready=spec.rollout.min_ready, on_serving=self._serving_changed)
+        actuator = Actuator(backend, self.name, clock=clock, rng=rng, on_done=self._action_done)
+        self.desk = Desk(spec, view, actuator, self.record, rng)
+        self.recovery = Recovery(spec.recovery)
+        self.turn = Turn(self.desk, self.recovery)
+        self.endpoints = Endpoints(view, self._credential)
+        self.monitor = HealthMonitor(
+            spec.health,
+            prober=prober or _own_prober(backend),
+            clock=clock,
+            on_verdict=self._judged,
+            on_status=self._reported,
+        )
+        self._observer = Observer(
+            self.desk, self.turn, clock, watch_health=self._watch_health, forget_health=self._forget_health
+        )
+        self.feed = ConfigFeed(
+            config, self.name, http=self.http, clock=clock, record=self.record, credential=self._credential
+        )
+        self.autoscaler: Autoscaler | None = None
+        if spec.scaling is not None:
+            own = FleetMetrics(view, self._requests, lambda: self._sampled)
+            sources: dict[str, MetricSource] = {"cpu": own.cpu, "memory": own.memory, "queue": own.queue, **metrics}
+            self.autoscaler = Autoscaler(spec.scaling, target, sources, clock=clock, journal=journal, name=self.name)
+
+    # ------------------------------------------------------------------------------------------ life
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.backend)
+            stack.push_async_callback(self.http.aclose)
+            await stack.enter_async_context(self.monitor)
+            self._restore()
+            tasks = await stack.enter_async_context(anyio.create_task_group())
+            stack.callback(tasks.cancel_scope.cancel)
+            self.desk.actuator.bind(tasks)
+            tasks.start_soon(self._observe, name=f"observe {self.name}")
+            await self._first_picture()
+            tasks.start_soon(self._turns, name=f"turns {self.name}")
+            tasks.start_soon(self._measure, name=f"usage {self.name}")
+            tasks.start_soon(self.feed.run, name=f"config {self.name}")
+            if self.autoscaler is not None:
+                tasks.start_soon(self._scale_when_running, name=f"autoscaler {self.name}")
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    def _restore(self) -> None:
+        """Take up what an earlier manager left in the journal."""
+        last = self.journal.read()[-1:]
+        self.first_seq = last[0].seq if last else 0
+        state = self.journal.last_state(self.name, "state.fleet")
+        if state is None or state.data["deleted"]:
+            return
+        self.turn.restore(FleetState.from_dict(dict(state.data)))
+        config = self.journal.last_state(self.name, "state.config")
+        if config is not None:
+            self.feed.restore(dict(config.data))
+        self.record("manager.started", data={"revision": state.data["target"], "replicas": state.data["replicas"]})
+
+    async def _first_picture(self) -> None:
+        """Wait for the backend's first whole picture: before it, nothing may be decided."""
+        with anyio.move_on_after(SYNC_DEADLINE) as scope:
+            while not self._observer.synced:
+                await self._pulse.wait()
+        if scope.cancelled_caught:
+            raise BackendUnavailable(f"the backend showed no picture of fleet {self.name} within {SYNC_DEADLINE:g} s")
+        for member in self.desk.view.members.values():
+            slot = member.instance.slot
+            found = self.journal.last_state(self.name, f"state.recovery.{slot}")
+            if found is not None and self.desk.state is not None:
+                self.recovery.restore(slot, RecoveryMemory.from_dict(dict(found.data)))
+
+    # ------------------------------------------------------------------------------------------ the loops
+
+    async def _observe(self) -> None:
+        async with aclosing(self._watch()) as seen:
+            async for observation in seen:
+                self._observer.take(observation)
+                self.wake()
+                self._beat()
+
+    def _watch(self) -> Any:
+        return self.backend.watch(self.name)
+
+    async def _turns(self) -> None:
+        while True:
+            self._wake = anyio.Event()
+            due = self.turn.take(self.clock.now())
+            self._beat()
+            with anyio.move_on_after(None if due is None else max(0.0, due - self.clock.now())):
+                await self._wake.wait()
+
+    def wake(self) -> None:
+        """Have a turn taken soon."""
+        self._wake.set()
+
+    async def until(self, reached: Callable[[], bool], timeout: float | None, what: str) -> None:
+        """Wait until something is so; looks again after each turn.
+
+        Raises:
+            DeadlineExceeded: It is not so within `timeout` seconds.
+        """
+
+        async def wait() -> None:
+            while not reached():
+                await self._pulse.wait()
+
+        await self.within(timeout, what, wait)
+
+    async def within(self, timeout: float | None, what: str, wait: Callable[[], Awaitable[None]]) -> None:
+        """Wait for `wait`, raising `DeadlineExceeded` after `timeout` seconds."""
+        try:
+            with anyio.fail_after(timeout):
+                await wait()
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"fleet {self.name}: waited {timeout:g} s until {what}; it goes on") from error
+
+    def _beat(self) -> None:
+        """Let those look again who wait for the fleet to get somewhere."""
+        pulse, self._pulse = self._pulse, anyio.Event()
+        pulse.set()
+
+    async def _measure(self) -> None:
+        """Measure usage again and again; what cannot be measured stays unknown."""
+        last = self.clock.now()
+        while True:
+            await self.clock.sleep(self._usage_period)
+            try:
+                with anyio.fail_after(max(1.0, self._usage_period)):
+                    usage = await self.backend.usage(self.name)
+            except (BackendError, TimeoutError) as error:
+                if not self._usage_failing:
+                    self.record("usage.failed", data={"error": str(error)})
+                self._usage_failing = True
+                continue
+            self._usage_failing = False
+            now = self.clock.now()
+            for id, each in usage.items():
+                self.desk.view.measure(id, each)
+            self._sampled, last = (now, now - last), now
+
+    async def _scale_when_running(self) -> None:
+        """The autoscaler sleeps while the fleet is stopped, paused by hand or not deployed."""
+        assert self.autoscaler is not None
+        while True:
+            state = self.desk.state
+            if state is not None and state.running and not state.deleted:
+                await self.autoscaler.step()
+            await self.clock.sleep(self.autoscaler.policy.period)
+
+    # ------------------------------------------------------------------------------------------ what comes in
+
+    def _watch_health(self, instance: Instance) -> None:
+        self.monitor.observe(instance)
+        self.endpoints.refresh(instance.id)
+        if instance.phase in (Phase.DRAINING, Phase.EXITED):
+            self.feed.forget(instance.id)
+
+    def _forget_health(self, id: str) -> None:
+        self.monitor.forget(id)
+        self.feed.forget(id)
+        self.endpoints.refresh(id)
+        self.endpoints.notify()
+
+    def _judged(self, id: str, verdict: Verdict, status: AgentStatus | None) -> None:
+        self._observer.judged(id, verdict, status)
+        self.wake()
+
+    def _reported(self, id: str, status: AgentStatus | None, latency: float, ok: bool) -> None:
+        del latency, ok
+        if status is not None:
+            self._observer.reported(id, status)
+
+    def _serving_changed(self, id: str) -> None:
+        self.endpoints.refresh(id)
+        member = self.desk.view.members.get(id)
+        if member is not None and member.condition in SERVING:
+            self.feed.feed(member.instance)
+
+    def _action_done(self, action: str, id: str, error: BackendError | DeadlineExceeded | None, seconds: float) -> None:
+        if error is None:
+            self.turn.succeeded(action, id)
+        else:
+            data = {
+                "action": action,
+                "error": type(error).__name__,
+                "message": str(error),
+                "seconds": round(seconds, 3),
+            }
+            self.record("action.failed", id, data)
+            self.turn.failed(action, id, error, self.clock.now())
+        self.wake()
+
+    def record(
+        self,
+        kind: str,
+        instance: str | None = None,
+        data: Mapping[str, Any] | None = None,
+        reasons: Sequence[Reason] = (),
+    ) -> None:
+        """Journal one event of this fleet."""
+        written = tuple(reason.to_dict() for reason in reasons)
+        self.journal.append(Event(self.clock.now(), self.name, kind, instance, data or {}, written))
+
+    def _credential(self, id: str) -> str | None:
+        return self.backend.credential(self.name, id)
+
+    def _requests(self) -> tuple[float | None, int | None]:
+        state = self.desk.state
+        template = state.template if state is not None else self.desk.spec.template
+        return template.cpu, template.memory
+
+
+def _own_prober(backend: Backend) -> Prober | None:
+    """The prober of a backend whose instances have no sockets (a simulation)."""
+    make = getattr(backend, "prober", None)
+    return make() if make is not None else None

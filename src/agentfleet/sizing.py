@@ -1,0 +1,182 @@
+"""The part of a turn that keeps size and revision: intents, `core.rollout` → creations, proposals to remove."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from agentfleet.backends.base import Creation
+from agentfleet.core import rollout
+from agentfleet.core.governor import Cause, Disruption
+from agentfleet.core.reason import Reason
+from agentfleet.core.rollout import RolloutDecision, RolloutObserved, RolloutPhase
+from agentfleet.desk import Desk, Proposal
+from agentfleet.errors import BackendRefused
+from agentfleet.instances import Instance, Phase
+from agentfleet.view import EXPENDABLE, SERVING, Condition, Counts, Member
+
+UNFIT = (Condition.DEAD, Condition.SICK, Condition.PENDING, Condition.STARTING)
+GOOD = (Condition.FRESH, Condition.IDLE, Condition.BUSY)
+_RANK = {cause: rank for rank, cause in enumerate(Cause)}
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """A wanted size and who wants it; of several in one turn the strongest cause wins, of equals the latest."""
+
+    cause: Cause
+    replicas: int
+    reasons: tuple[Reason, ...] = ()
+
+
+class Sizing:
+    """Sizes one fleet and rolls it to its target revision."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._intents: list[Intent] = []
+        self._size_cause = Cause.SCALING if desk.spec.scaling else Cause.OPERATOR
+        self._failures = 0
+        self._retry_at = 0.0
+        self._avoid: dict[int, str] = {}
+
+    # ------------------------------------------------------------------------------------------ what comes in
+
+    def offer(self, intent: Intent) -> None:
+        """Hand in a wanted size for the next turn."""
+        self._intents.append(intent)
+
+    def avoid(self, slot: int, node: str) -> None:
+        """Whoever fills this slot next should not run on `node`."""
+        self._avoid[slot] = node
+
+    def created(self) -> None:
+        """The backend accepted an instance."""
+        self._failures = 0
+
+    def not_created(self, id: str, error: Exception, now: float) -> None:
+        """The backend did not accept an instance: wait before the next one, longer each time."""
+        self._failures += 1
+        self._retry_at = now + self._desk.spec.recovery.backoff.delay(self._failures)
+        member = self._desk.view.members.get(id)
+        if member is None:
+            return
+        if isinstance(error, BackendRefused):
+            self.count_failure(member.instance.revision)
+        if not member.seen:
+            self._desk.view.remove(id)
+
+    def count_failure(self, revision: int) -> None:
+        """An instance of this revision turned sick, exited, or could not be made."""
+        state = self._desk.state
+        if state is not None and state.rolling and revision == state.target:
+            self._desk.state = replace(state, failures=state.failures + 1)
+
+    def merge_intents(self) -> None:
+        """Take over the strongest of the wanted sizes."""
+        intents, self._intents = self._intents, []
+        if not intents:
+            return
+        chosen = min(reversed(intents), key=lambda intent: _RANK[intent.cause])
+        state = self._desk.wanted
+        self._size_cause = chosen.cause
+        if chosen.replicas != state.replicas:
+            data = {"from": state.replicas, "to": chosen.replicas, "by": chosen.cause.value}
+            self._desk.state = replace(state, replicas=chosen.replicas)
+            self._desk.record("fleet.scaled", data=data, reasons=chosen.reasons)
+
+    # ------------------------------------------------------------------------------------------ size and rollout
+
+    def step(self, now: float) -> tuple[RolloutDecision, float | None]:
+        """Decide size and rollout, follow a rollback at once, and create what is missing.
+
+        Returns:
+            The decision, whose removals are still to be proposed, and when to ask again if nothing changes.
+        """
+        desk = self._desk
+        state = desk.wanted
+        observed = RolloutObserved(
+            desired=state.desired,
+            new=desk.view.counts(state.target),
+            old=sum((desk.view.counts(each) for each in self._old()), Counts()),
+            paused=state.paused,
+            failures=state.failures,
+            fallback=state.fallback,
+        )
+        decision, memory = rollout.decide(desk.spec.rollout, observed, state.rollout, now)
+        desk.state = replace(state, rollout=memory)
+        if decision.phase is not state.rollout.phase:
+            self._note_phase(decision, now)
+        if decision.roll_back_to is not None:
+            self.roll_back(decision.roll_back_to, decision.reasons, now)
+            return self.step(now)
+        self._create(decision, now)
+        waiting = self._retry_at if self._retry_at > now else None
+        dates = [date for date in (decision.wake, waiting) if date is not None]
+        return decision, min(dates, default=None)
+
+    def roll_back(self, to: int, reasons: Iterable[Reason], now: float) -> None:
+        """Make a kept revision the target."""
+        before = self._desk.wanted.target
+        self._desk.state = self._desk.wanted.with_target(to, now)
+        self._desk.record("rollout.rolled_back", data={"from": before, "to": to}, reasons=tuple(reasons))
+
+    def proposals(self, step: RolloutDecision) -> Iterator[Proposal]:
+        """The removals that a step asks for."""
+        view, state = self._desk.view, self._desk.wanted
+        if step.remove_new:
+            yield from _removals(view.expendable([state.target]), step.remove_new, self._size_cause)
+        if step.remove_old_unfit:
+            yield from _removals(view.expendable(self._old(), only=UNFIT), step.remove_old_unfit, Cause.ROLLOUT)
+        if step.remove_old_good:  # while a rollout is held, any old one may go
+            only = EXPENDABLE if state.paused or not state.rolling else GOOD
+            yield from _removals(view.expendable(self._old(), only=only), step.remove_old_good, Cause.ROLLOUT)
+
+    def _old(self) -> list[int]:
+        target = self._desk.wanted.target
+        return [revision for revision in self._desk.view.revisions if revision != target]
+
+    def _note_phase(self, decision: RolloutDecision, now: float) -> None:
+        state = self._desk.wanted
+        data = {
+            "revision": state.target,
+            "version": state.template.version,
+            "seconds": round(now - state.rollout.started_at, 3),
+            "rollback": state.rollout.is_rollback,
+        }
+        if decision.phase is RolloutPhase.COMPLETE:
+            self._desk.state = state.with_good_target()
+            self._desk.record("rollout.completed", data=data)
+        elif decision.phase is RolloutPhase.FAILED:
+            self._desk.record("rollout.failed", data={**data, "failures": state.failures}, reasons=decision.reasons)
+
+    def _create(self, step: RolloutDecision, now: float) -> None:
+        count = step.create_new or step.create_old
+        if not count or now < self._retry_at:
+            return
+        view, state = self._desk.view, self._desk.wanted
+        number = state.target
+        if step.create_old:
+            number = max(self._old(), key=lambda each: view.counts(each).total)
+        if state.revision(number) is None:
+            return  # its template is not kept any more: the rollout will bring these places to the target
+        for slot in view.next_slots(count):
+            self._create_one(slot, number, now)
+
+    def _create_one(self, slot: int, number: int, now: float) -> None:
+        desk = self._desk
+        revision = desk.wanted.revision(number)
+        assert revision is not None
+        name, template = desk.spec.name, revision.template
+        id = f"{name}-{slot}-{desk.rng.getrandbits(32):08x}"
+        away = self._avoid.pop(slot, None)
+        desk.view.put(Instance(id, name, slot, number, template.version, Phase.PENDING, created_at=now), seen=False)
+        desk.record("instance.created", id, {"slot": slot, "revision": number, "version": template.version})
+        desk.actuator.create(Creation(id, name, slot, number, template, (away,) if away else ()))
+
+
+def _removals(candidates: Iterable[Member], count: int, cause: Cause) -> Iterator[Proposal]:
+    for member in islice(candidates, count):
+        serving = member.condition in SERVING
+        yield Proposal(Disruption(member.instance.slot, cause, serving, surplus=True), member)
