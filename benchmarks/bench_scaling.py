@@ -30,11 +30,11 @@ def _samples(size: int) -> InstanceSamples:
     return InstanceSamples(members, samples, 1000)
 
 
-def _best(action: Callable[[], object], repeat: int = 7) -> float:
+def _best(action: Callable[[], object], repeat: int = 30) -> float:
     """Seconds of one call, best of `repeat` rounds."""
     timer = timeit.Timer(action)
     number, _ = timer.autorange()
-    number = max(1, number // 4)
+    number = max(1, number // 20)  # many short rounds: some of them run undisturbed
     return min(timer.repeat(repeat=repeat, number=number)) / number
 
 

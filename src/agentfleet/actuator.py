@@ -1,7 +1,8 @@
 """ACT: carries decided actions out through the backend: bounded, with deadlines, retried, and always recorded.
 
 An action runs in a task of its own, so that a slow engine never holds up the turn. While it runs its instance is
-`busy` and the turn leaves it alone; when it ends the turn is woken.
+`busy` and recovery leaves it alone; when it ends the turn is woken. An instance's actions never overlap: one that is
+ordered meanwhile follows when the first has ended, so that a stop never overtakes the creation it is to undo.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Actuator:
         self._tasks: TaskGroup | None = None
         self.busy: dict[str, str] = {}
         """Instances with an action under way, and which."""
+        self._next: dict[str, tuple[str, Callable[[], Awaitable[None]]]] = {}
 
     def bind(self, tasks: TaskGroup) -> None:
         """Run actions in this task group from now on."""
@@ -76,6 +78,9 @@ class Actuator:
 
     def _begin(self, name: str, id: str, call: Callable[[], Awaitable[None]]) -> None:
         assert self._tasks is not None, "bind() comes first"
+        if id in self.busy:
+            self._next[id] = (name, call)
+            return
         self.busy[id] = name
         self._tasks.start_soon(self._run, name, id, call, name=f"{name} {id}")
 
@@ -91,6 +96,9 @@ class Actuator:
             except (BackendError, DeadlineExceeded) as failed:
                 error = failed
         del self.busy[id]
+        following = self._next.pop(id, None)
+        if following is not None:
+            self._begin(following[0], id, following[1])
         self._on_done(name, id, error, self._clock.now() - began)
 
     async def _once(self, name: str, id: str, call: Callable[[], Awaitable[None]]) -> None:

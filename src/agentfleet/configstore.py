@@ -39,7 +39,7 @@ from agentfleet.stores.journal import Journal
 _PAGE = 64
 _TRIES = 100
 _MOST = 20
-_STATE = "state.config"
+_STATE = "state.config_store"  # "state.config" is what was delivered to a fleet
 _T = TypeVar("_T")
 
 

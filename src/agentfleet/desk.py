@@ -43,12 +43,17 @@ class Desk:
     def drain_of(self, instance: Instance) -> float:
         """Seconds that an instance may finish its work, by its own revision's template."""
         revision = self.wanted.revision(instance.revision)
-        return revision.template.drain if revision is not None else self.wanted.template.drain
+        return float(revision.template.drain if revision is not None else self.wanted.template.drain)
 
     def end(self, member: Member, grace: float) -> None:
         """Take an instance out of service and tell it to go."""
         self.view.drain(member.instance.id)
         self.actuator.stop(member.instance.id, grace=grace)
+
+    def restart(self, member: Member, grace: float) -> None:
+        """Take an instance out of service and tell it to start again in its place."""
+        self.view.renew(member.instance.id)
+        self.actuator.restart(member.instance.id, grace=grace)
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,7 @@ class ConfigFeed:
         if not self._published_at or not self.settled:
             return
         spans = sorted(self._latencies)
-        data = {"revision": self.revision, "instances": len(spans), "refused": len(self.refused)}
+        data: dict[str, Any] = {"revision": self.revision, "instances": len(spans), "refused": len(self.refused)}
         if spans:
             data |= {"p50_s": _quantile(spans, 0.5), "p99_s": _quantile(spans, 0.99), "last_s": round(spans[-1], 4)}
         self._record("config.delivered", data=data)

@@ -13,7 +13,7 @@ single writer: every change of the wanted state goes through one of the methods 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +26,7 @@ from agentfleet.core.governor import Cause
 from agentfleet.core.reason import Reason
 from agentfleet.core.rollout import RolloutPhase
 from agentfleet.core.scaling import Decision
+from agentfleet.dispatch import Dispatcher
 from agentfleet.display import Report, table
 from agentfleet.endpoints import Endpoints
 from agentfleet.errors import OperationRefused, RolloutFailed, SpecError
@@ -33,6 +34,7 @@ from agentfleet.events import Event
 from agentfleet.health import HealthMonitor
 from agentfleet.instances import Instance
 from agentfleet.runtime import Runtime
+from agentfleet.signals.http import HttpClient
 from agentfleet.signals.probes import Prober
 from agentfleet.sizing import Intent
 from agentfleet.specs import AgentTemplate, FleetSpec
@@ -119,8 +121,9 @@ class Fleet:
         self._check_open()
         state, spec, now = self.state, self.spec, self.clock.now()
         if state is None or state.deleted:
-            state = first_state(spec.template, spec.replicas, now)
-            self._set(state, "fleet.deployed", replicas=spec.replicas, revision=1, version=spec.template.version)
+            number = 1 if state is None else state.revisions[-1].number + 1
+            state = first_state(spec.template, spec.replicas, now, number)
+            self._set(state, "fleet.deployed", replicas=spec.replicas, revision=number, version=spec.template.version)
         else:
             if spec.template != state.applied_template:
                 state = state.with_revision(spec.template, "deploy", now, spec.rollout.keep_revisions)
@@ -303,6 +306,29 @@ class Fleet:
     def endpoints(self) -> Endpoints:
         """A live view of the instances that work may be sent to."""
         return self._runtime.endpoints
+
+    @asynccontextmanager
+    async def dispatcher(self, **options: Any) -> AsyncIterator[Dispatcher]:
+        """A least-loaded dispatcher in front of this fleet, with the tasks that the journal says are open taken up.
+
+        While it is open its depth is the fleet's "queue" metric.
+
+        Args:
+            options: Limits of `Dispatcher`, such as `per_instance` and `max_attempts`.
+        """
+        self._check_open()
+        async with (
+            HttpClient() as http,
+            Dispatcher(
+                self.endpoints(), http=http, clock=self.clock, journal=self.journal, fleet=self.name, **options
+            ) as dispatcher,
+        ):
+            await dispatcher.recover()
+            self._runtime.queue_depth = lambda: dispatcher.depth
+            try:
+                yield dispatcher
+            finally:
+                self._runtime.queue_depth = None
 
     def status(self) -> Mapping[str, Any]:
         """Where the fleet stands, in numbers."""

@@ -29,29 +29,24 @@ from agentfleet.clock import Clock, SystemClock
 from agentfleet.core.health import Beat, HealthMemory, Probed, Seen, Signal, Tick, Verdict, decide
 from agentfleet.errors import OperationRefused
 from agentfleet.instances import AgentStatus, HealthState, Instance, Phase
+from agentfleet.signals.changes import Changes, VerdictChange
 from agentfleet.signals.http import HttpClient
 from agentfleet.signals.probes import Prober, SocketProber
 from agentfleet.signals.rounds import Agenda, Workers
 from agentfleet.specs import CustomCheck, HealthPolicy, HeartbeatCheck
 
+__all__ = ["Changes", "HealthMonitor", "HealthStatistics", "VerdictChange"]
+
 _EAGER = 0.25
 """Seconds between probes of an instance that has just started, so that its readiness is seen at once."""
 _EAGER_RATE = 1000.0
 """Such probes a second in all."""
+_SLOTS = 128
+"""Instants of a period at which probes are begun: even enough for the network, and one wake-up does for many."""
 _TICK = -1
 
 OnVerdict = Callable[[str, Verdict, AgentStatus | None], None]
 OnStatus = Callable[[str, AgentStatus | None, float, bool], None]
-
-
-@dataclass(frozen=True, slots=True)
-class VerdictChange:
-    """An instance's verdict has changed from the state `previous`; `status` is what the agent said, if it did."""
-
-    id: str
-    verdict: Verdict
-    previous: HealthState
-    status: AgentStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,41 +103,6 @@ _Job = tuple[_Watched, int, int]
 """Whom to ask, number of the check (or the tick), number of the plan."""
 
 
-class Changes:
-    """The changes since it was made, one by one, for `async for`.
-
-    Whoever reads slowly gets the newest change of each instance and not those in between, so that what waits is never
-    more than the fleet. Ends when the monitor does.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[str, VerdictChange] = {}
-        self._news = anyio.Event()
-        self._ended = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> VerdictChange:
-        while not self._waiting:
-            if self._ended:
-                raise StopAsyncIteration
-            self._news = anyio.Event()
-            await self._news.wait()
-        return self._waiting.pop(next(iter(self._waiting)))
-
-    def put(self, change: VerdictChange) -> None:
-        """Add a change; for the monitor."""
-        overtaken = self._waiting.get(change.id)
-        self._waiting[change.id] = change if overtaken is None else replace(change, previous=overtaken.previous)
-        self._news.set()
-
-    def end(self) -> None:
-        """No more changes will come; for the monitor."""
-        self._ended = True
-        self._news.set()
-
-
 class HealthMonitor:
     """Watches instances, and says when the belief about one changes.
 
@@ -170,6 +130,7 @@ class HealthMonitor:
         concurrency: int = 256,
     ) -> None:
         self._policy = policy
+        self._listening = _listens(policy)
         self._clock = clock if clock is not None else SystemClock()
         self._http: HttpClient | None = None
         if prober is None:
@@ -226,11 +187,12 @@ class HealthMonitor:
         watched = self._watched.get(instance.id)
         if watched is None:
             watched = self._watched[instance.id] = _Watched(instance, memory or HealthMemory(), now)
-            watched.deaf = self._agenda.stalled(now)
+            self._deafness(watched, now)
             if memory is not None:
                 self._decide(watched, Tick(now, math.inf), now)
             before = None
         else:
+            self._excuse(watched, now)
             before = (watched.askable(), watched.instance.address, watched.memory.started_at, watched.memory.restarts)
             watched.instance = instance
         sight = Seen(instance.phase, now, instance.started_at, instance.restarts, instance.ready)
@@ -254,7 +216,7 @@ class HealthMonitor:
             return False
         now = self._clock.now()
         self._beats += 1
-        watched.deaf = self._agenda.stalled(now)
+        self._deafness(watched, now)
         self._decide(watched, Beat(now), now)
         return True
 
@@ -277,9 +239,10 @@ class HealthMonitor:
     def set_policy(self, policy: HealthPolicy) -> None:
         """Judge by another policy from now on. Costs a moment for each instance."""
         self._policy = policy
+        self._listening = _listens(policy)
         now = self._clock.now()
         for watched in list(self._watched.values()):
-            self._decide(watched, Tick(now), now)
+            self._decide(watched, Tick(now, self._deafness(watched, now)), now)
             self._replan(watched, now, at_once=False)
 
     def statistics(self) -> HealthStatistics:
@@ -319,10 +282,20 @@ class HealthMonitor:
         if watched.plan < 0 or watched.tick_at != due:
             return  # forgotten, or an earlier tick was found necessary meanwhile
         watched.tick_at = None
+        at = max(now, due)
+        self._decide(watched, Tick(at, self._deafness(watched, now)), at)
+
+    def _deafness(self, watched: _Watched, now: float) -> float:
+        """Seconds since the last beat or tick in which this monitor could not have heard a beat."""
         stalled = self._agenda.stalled(now)
         lag, watched.deaf = stalled - watched.deaf, stalled
-        at = max(now, due)
-        self._decide(watched, Tick(at, lag), at)
+        return lag
+
+    def _excuse(self, watched: _Watched, now: float) -> None:
+        """Tell the instance's judge of a stall before anything else makes it look at the silence."""
+        lag = self._deafness(watched, now) if self._listening else 0.0
+        if lag > 0:
+            self._decide(watched, Tick(now, lag), now)
 
     def _count_eager(self, watched: _Watched, *, eager: bool) -> None:
         self._eager += eager - watched.eager
@@ -356,10 +329,11 @@ class HealthMonitor:
         if watched.eager and age < self._policy.startup:
             # at first four times a second, then ever more rarely, so that readiness is seen within an eighth of the
             # time it took
-            return now + min(check.period, max(_EAGER, age / 8, self._eager / _EAGER_RATE))
-        phase = zlib.crc32(f"{watched.instance.id}/{index}".encode()) / 2**32 * check.period
+            return float(now + min(check.period, max(_EAGER, age / 8, self._eager / _EAGER_RATE)))
+        slot = zlib.crc32(f"{watched.instance.id}/{index}".encode()) % _SLOTS
+        phase = slot / _SLOTS * check.period
         due = (math.floor((now - phase) / check.period) + 1) * check.period + phase
-        return due if due > now else due + check.period
+        return float(due if due > now else due + check.period)
 
     def _due(self, due: float, job: _Job, now: float) -> None:
         watched, index, plan = job
@@ -370,7 +344,7 @@ class HealthMonitor:
             self._workers.put(job)
 
     def _is_waiting(self) -> bool:
-        return bool(self._workers.outstanding or self._workers.queued)
+        return bool(self._workers.outstanding or self._workers.queued) or self._listening
 
     # -------------------------------------------------------------------------------------------- probing
 
@@ -397,4 +371,9 @@ class HealthMonitor:
         """Judge a probe that has ended."""
         if self._on_status is not None:
             self._on_status(watched.instance.id, probed.status, probed.latency, probed.ok)
+        self._excuse(watched, now)
         self._decide(watched, replace(probed, lag=probed.lag + lag) if lag > 0 else probed, now, probed.status)
+
+
+def _listens(policy: HealthPolicy) -> bool:
+    return any(isinstance(check, HeartbeatCheck) for check in policy.checks)

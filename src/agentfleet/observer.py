@@ -7,6 +7,7 @@ later becomes an event.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from agentfleet.backends.base import Changed, Observation, Removed, Snapshot
 from agentfleet.clock import Clock
@@ -66,7 +67,8 @@ class Observer:
         present = {instance.id for instance in snapshot.instances}
         now = self._clock.now()
         for id, member in tuple(self._view.members.items()):
-            young = not member.seen and now - member.instance.created_at < UNSEEN_GRACE
+            young = id in self._desk.actuator.busy or now - member.instance.created_at < UNSEEN_GRACE
+            young = young and not member.seen
             if id not in present and not young:
                 self._remove(id)
         for instance in snapshot.instances:
@@ -123,7 +125,7 @@ class Observer:
 
     def _note_verdict(self, member: Member, verdict: Verdict, was: HealthState) -> None:
         instance, state = member.instance, verdict.state
-        data = {"slot": instance.slot, "revision": instance.revision}
+        data: dict[str, Any] = {"slot": instance.slot, "revision": instance.revision}
         if state is HealthState.HEALTHY and was is not HealthState.SUSPECT:
             started = instance.started_at or instance.created_at
             data["after_s"] = round(self._clock.now() - started, 3)

@@ -115,7 +115,7 @@ class Repair:
         self._remember(wish.slot)
         grace = min(desk.spec.recovery.grace, desk.drain_of(instance))
         remedies: dict[Remedy, Callable[[], None]] = {
-            Remedy.RESTART: lambda: desk.actuator.restart(instance.id, grace=grace),
+            Remedy.RESTART: lambda: desk.restart(member, grace),
             Remedy.REPLACE: lambda: desk.end(member, grace),
             Remedy.ELSEWHERE: lambda: self._elsewhere(member, grace),
             Remedy.ROLL_BACK: lambda: self._roll_back(wish.reasons, now),

@@ -13,10 +13,12 @@ import os
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import anyio
+from anyio.abc import TaskGroup
 
 from agentfleet.actuator import Actuator
 from agentfleet.autoscaler import Autoscaler, MetricSource, ScaleTarget
@@ -26,6 +28,7 @@ from agentfleet.configstore import ConfigStore
 from agentfleet.core.health import Verdict
 from agentfleet.core.reason import Reason
 from agentfleet.core.recovery import RecoveryMemory
+from agentfleet.core.scaling_samples import Reading, Total
 from agentfleet.desk import Desk
 from agentfleet.endpoints import Endpoints
 from agentfleet.errors import BackendError, BackendUnavailable, DeadlineExceeded
@@ -72,6 +75,8 @@ class Runtime:
         self.http = HttpClient()
         self.first_seq = 0
         """Position of the journal at the opening."""
+        self.queue_depth: Callable[[], int] | None = None
+        """Tasks of an open dispatcher; without one the agents' own word is taken."""
         self._usage_period = usage_period
         self._usage_failing = False
         self._sampled: tuple[float, float] | None = None
@@ -100,9 +105,9 @@ class Runtime:
             config, self.name, http=self.http, clock=clock, record=self.record, credential=self._credential
         )
         self.autoscaler: Autoscaler | None = None
+        self._metrics = own = FleetMetrics(view, self._requests, lambda: self._sampled)
         if spec.scaling is not None:
-            own = FleetMetrics(view, self._requests, lambda: self._sampled)
-            sources: dict[str, MetricSource] = {"cpu": own.cpu, "memory": own.memory, "queue": own.queue, **metrics}
+            sources: dict[str, MetricSource] = {"cpu": own.cpu, "memory": own.memory, "queue": self._queue, **metrics}
             self.autoscaler = Autoscaler(spec.scaling, target, sources, clock=clock, journal=journal, name=self.name)
 
     # ------------------------------------------------------------------------------------------ life
@@ -113,8 +118,9 @@ class Runtime:
             stack.push_async_callback(self.http.aclose)
             await stack.enter_async_context(self.monitor)
             self._restore()
-            tasks = await stack.enter_async_context(anyio.create_task_group())
-            stack.callback(tasks.cancel_scope.cancel)
+            tasks = anyio.create_task_group()
+            await tasks.__aenter__()
+            stack.push_async_exit(partial(_end, tasks))
             self.desk.actuator.bind(tasks)
             tasks.start_soon(self._observe, name=f"observe {self.name}")
             await self._first_picture()
@@ -136,9 +142,10 @@ class Runtime:
         last = self.journal.read()[-1:]
         self.first_seq = last[0].seq if last else 0
         state = self.journal.last_state(self.name, "state.fleet")
-        if state is None or state.data["deleted"]:
+        if state is None:
             return
-        self.turn.restore(FleetState.from_dict(dict(state.data)))
+        self.desk.rng.seed(f"{self.desk.rng.random()}/{self.first_seq}")  # the same seed must not give the same ids again
+        self.turn.restore(FleetState.from_dict(dict(state.data)).taken_over(self.clock.now()))
         config = self.journal.last_state(self.name, "state.config")
         if config is not None:
             self.feed.restore(dict(config.data))
@@ -151,10 +158,12 @@ class Runtime:
                 await self._pulse.wait()
         if scope.cancelled_caught:
             raise BackendUnavailable(f"the backend showed no picture of fleet {self.name} within {SYNC_DEADLINE:g} s")
-        for member in self.desk.view.members.values():
-            slot = member.instance.slot
+        if self.desk.state is None:
+            return
+        slots = {member.instance.slot for member in self.desk.view.members.values()}
+        for slot in sorted(slots.union(range(self.desk.state.desired))):  # an empty place has its history, too
             found = self.journal.last_state(self.name, f"state.recovery.{slot}")
-            if found is not None and self.desk.state is not None:
+            if found is not None:
                 self.recovery.restore(slot, RecoveryMemory.from_dict(dict(found.data)))
 
     # ------------------------------------------------------------------------------------------ the loops
@@ -289,6 +298,9 @@ class Runtime:
         written = tuple(reason.to_dict() for reason in reasons)
         self.journal.append(Event(self.clock.now(), self.name, kind, instance, data or {}, written))
 
+    def _queue(self) -> Reading:
+        return self._metrics.queue() if self.queue_depth is None else Total.of(self.queue_depth())
+
     def _credential(self, id: str) -> str | None:
         return self.backend.credential(self.name, id)
 
@@ -296,6 +308,17 @@ class Runtime:
         state = self.desk.state
         template = state.template if state is not None else self.desk.spec.template
         return template.cpu, template.memory
+
+
+async def _end(
+    tasks: TaskGroup, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> bool | None:
+    """Cancel the loops and wait for their end; the body's own error stays as it is, not in a group."""
+    tasks.cancel_scope.cancel()
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        return await tasks.__aexit__(kind, error, trace)
+    await tasks.__aexit__(None, None, None)
+    return None
 
 
 def _own_prober(backend: Backend) -> Prober | None:

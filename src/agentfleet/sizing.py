@@ -37,8 +37,8 @@ class Sizing:
         self._desk = desk
         self._intents: list[Intent] = []
         self._size_cause = Cause.SCALING if desk.spec.scaling else Cause.OPERATOR
-        self._failures = 0
-        self._retry_at = 0.0
+        self._failures = {"create": 0, "stop": 0}
+        self._retry_at = {"create": 0.0, "stop": 0.0}
         self._avoid: dict[int, str] = {}
 
     # ------------------------------------------------------------------------------------------ what comes in
@@ -51,14 +51,18 @@ class Sizing:
         """Whoever fills this slot next should not run on `node`."""
         self._avoid[slot] = node
 
-    def created(self) -> None:
-        """The backend accepted an instance."""
-        self._failures = 0
+    def accepted(self, action: str) -> None:
+        """The backend accepted a creation or a stop."""
+        if action in self._failures:
+            self._failures[action] = 0
+
+    def not_removed(self, now: float) -> None:
+        """The backend did not accept a stop."""
+        self._wait("stop", now)
 
     def not_created(self, id: str, error: Exception, now: float) -> None:
-        """The backend did not accept an instance: wait before the next one, longer each time."""
-        self._failures += 1
-        self._retry_at = now + self._desk.spec.recovery.backoff.delay(self._failures)
+        """The backend did not accept an instance."""
+        self._wait("create", now)
         member = self._desk.view.members.get(id)
         if member is None:
             return
@@ -66,6 +70,11 @@ class Sizing:
             self.count_failure(member.instance.revision)
         if not member.seen:
             self._desk.view.remove(id)
+
+    def _wait(self, action: str, now: float) -> None:
+        """Wait before the next action of this kind, longer each time."""
+        self._failures[action] += 1
+        self._retry_at[action] = now + self._desk.spec.recovery.backoff.delay(self._failures[action])
 
     def count_failure(self, revision: int) -> None:
         """An instance of this revision turned sick, exited, or could not be made."""
@@ -112,21 +121,24 @@ class Sizing:
             self.roll_back(decision.roll_back_to, decision.reasons, now)
             return self.step(now)
         self._create(decision, now)
-        waiting = self._retry_at if self._retry_at > now else None
-        dates = [date for date in (decision.wake, waiting) if date is not None]
+        dates = [date for date in (decision.wake, *self._retry_at.values()) if date is not None and date > now]
         return decision, min(dates, default=None)
 
     def roll_back(self, to: int, reasons: Iterable[Reason], now: float) -> None:
         """Make a kept revision the target."""
         before = self._desk.wanted.target
-        self._desk.state = self._desk.wanted.with_target(to, now)
+        self._desk.state = self._desk.wanted.with_bad_target().with_target(to, now)
         self._desk.record("rollout.rolled_back", data={"from": before, "to": to}, reasons=tuple(reasons))
 
-    def proposals(self, step: RolloutDecision) -> Iterator[Proposal]:
+    def proposals(self, step: RolloutDecision, now: float) -> Iterator[Proposal]:
         """The removals that a step asks for."""
+        if now < self._retry_at["stop"]:
+            return
         view, state = self._desk.view, self._desk.wanted
         if step.remove_new:
-            yield from _removals(view.expendable([state.target]), step.remove_new, self._size_cause)
+            stopped = state.deleted or not state.running  # an operator's word, whoever sized the fleet before
+            cause = Cause.OPERATOR if stopped else self._size_cause
+            yield from _removals(view.expendable([state.target]), step.remove_new, cause)
         if step.remove_old_unfit:
             yield from _removals(view.expendable(self._old(), only=UNFIT), step.remove_old_unfit, Cause.ROLLOUT)
         if step.remove_old_good:  # while a rollout is held, any old one may go
@@ -153,7 +165,7 @@ class Sizing:
 
     def _create(self, step: RolloutDecision, now: float) -> None:
         count = step.create_new or step.create_old
-        if not count or now < self._retry_at:
+        if not count or now < self._retry_at["create"]:
             return
         view, state = self._desk.view, self._desk.wanted
         number = state.target

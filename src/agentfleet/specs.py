@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -26,14 +26,28 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from agentfleet.errors import SpecError
-from agentfleet.units import Cpu, Duration, Memory, Period, Share, share_of
+from agentfleet.frozen import FrozenDict
+from agentfleet.units import Cpu, Duration, Memory, Period, Share, share_of, show
 
+_MOST_LINES = 20
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
 
 
 def _listed(value: object) -> object:
     """Lists become tuples, so that YAML, JSON and Python callers may all write [a, b]."""
     return tuple(value) if isinstance(value, list) else value
+
+
+if TYPE_CHECKING:
+    Listed = Sequence
+else:
+
+    class Listed:
+        """Written as any list, kept as a tuple: what `Sequence` means to a type checker here."""
+
+        def __class_getitem__(cls, item: object) -> object:
+            """The pydantic form of a list of `item`."""
+            return Annotated[tuple[item, ...], BeforeValidator(_listed)]
 
 
 def _name(value: str) -> str:
@@ -83,10 +97,11 @@ class Spec(BaseModel):
         if isinstance(data, dict):
             for key in data:
                 if key not in cls.model_fields:
-                    close = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                    written = key if isinstance(key, str) and len(key) <= 80 and key.isprintable() else show(key)
+                    close = difflib.get_close_matches(written, cls.model_fields, n=1)
                     hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(cls.model_fields)}"
                     raise PydanticCustomError(
-                        "unknown_field", "unknown field '{field}'; {hint}", {"field": str(key)[:80], "hint": hint}
+                        "unknown_field", "unknown field '{field}'; {hint}", {"field": written, "hint": hint}
                     )
         return data
 
@@ -107,7 +122,8 @@ class Spec(BaseModel):
         """Read a spec from YAML text; raises `SpecError` that names each wrong field."""
         try:
             data = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            # the last ones: PyYAML on tags that do not fit their values, such as "!!int ''" and "!!timestamp x"
             raise SpecError(f"this is not YAML: {' '.join(str(error).split())[:300]}") from error
         return cls.parse(data, source="the YAML text")
 
@@ -140,9 +156,12 @@ class Spec(BaseModel):
 def describe(error: ValidationError, title: str) -> str:
     """A validation error as people read it: one line a field."""
     lines = [f"{title}:"]
-    for item in error.errors(include_url=False, include_input=False, include_context=False):
-        place = ".".join(str(part) for part in item["loc"]) or "(the whole)"
-        lines.append(f"  {place}: {item['msg']}")
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    for item in found[:_MOST_LINES]:
+        place = ".".join(str(part) if len(str(part)) <= 80 else show(part) for part in item["loc"]) or "(the whole)"
+        lines.append(f"  {place}: {item['msg']}".encode("utf-8", "backslashreplace").decode())
+    if len(found) > _MOST_LINES:
+        lines.append(f"  … and {len(found) - _MOST_LINES} more")
     return "\n".join(lines)
 
 
@@ -152,11 +171,13 @@ def describe(error: ValidationError, title: str) -> str:
 class AgentTemplate(Spec):
     """One agent: what to run and what it needs."""
 
-    command: Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1, max_length=256)]
+    command: Annotated[Listed[Text], Field(min_length=1, max_length=256)]
     """Program and arguments. "{version}" and "{port}" are replaced by the instance's own."""
     version: Text = "1"
     """What `fleet.upgrade(version=...)` changes; the agent finds it in AGENTFLEET_VERSION."""
-    env: Mapping[Text, Annotated[str, Field(max_length=131_072)]] = Field(default_factory=dict)
+    env: Annotated[
+        Mapping[Text, Annotated[str, Field(max_length=131_072)]], AfterValidator(FrozenDict), Field(max_length=10_000)
+    ] = Field(default_factory=FrozenDict)
     """Environment variables added to the instance's own."""
     cpu: Cpu | None = None
     """Cores asked for, the 100 % of a CPU target."""
@@ -251,7 +272,7 @@ class ScalingBehavior(Spec):
     """Window over which the more cautious of the past proposals wins."""
     select: Literal["max", "min", "disabled"] = "max"
     """Which rule wins: the largest change, the smallest, or no change at all in this direction."""
-    rules: Annotated[tuple[ScalingRule, ...], BeforeValidator(_listed), Field(min_length=1, max_length=16)]
+    rules: Annotated[Listed[ScalingRule], Field(min_length=1, max_length=16)]
     tolerance: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.1
     """Deviation from the target that is ignored; 0.1 is 10 %."""
 
@@ -269,9 +290,7 @@ class ScalingPolicy(Spec):
 
     min_replicas: Count = 1
     max_replicas: Positive
-    targets: Annotated[tuple[Target, ...], BeforeValidator(_listed), Field(min_length=1, max_length=32)] = (
-        CpuTarget(utilization=80),
-    )
+    targets: Annotated[Listed[Target], Field(min_length=1, max_length=32)] = (CpuTarget(utilization=80),)
     period: Period = 15.0
     """Time between decisions."""
     up: ScalingBehavior = Field(default_factory=_up)
@@ -311,7 +330,7 @@ class _Check(Spec):
     @property
     def deadline(self) -> float:
         """Seconds after which a probe has failed."""
-        return self.timeout if self.timeout is not None else min(self.period, 5.0)
+        return float(self.timeout if self.timeout is not None else min(self.period, 5.0))
 
 
 class HttpCheck(_Check):
@@ -368,7 +387,7 @@ Check = Annotated[HttpCheck | TcpCheck | CustomCheck | HeartbeatCheck, Field(dis
 class HealthPolicy(Spec):
     """How health is judged. Without checks an instance is as healthy as its backend says."""
 
-    checks: Annotated[tuple[Check, ...], BeforeValidator(_listed), Field(max_length=16)] = ()
+    checks: Annotated[Listed[Check], Field(max_length=16)] = ()
     startup: Duration = 60.0
     """Grace: before its first success, failures count against an instance only when it is older than this."""
     stuck_after: Period | None = None
@@ -400,12 +419,12 @@ class Backoff(Spec):
         if attempt <= 0:
             return 0.0
         if self.factor == 1.0 or self.initial == 0:
-            return min(self.initial, self.limit)
+            return float(min(self.initial, self.limit))
         # beyond 2000 doublings every float is at its limit; the bound keeps ** from overflowing
         try:
             return float(min(self.initial * self.factor ** min(attempt - 1, 2000), self.limit))
         except OverflowError:
-            return self.limit
+            return float(self.limit)
 
 
 class RecoveryPolicy(Spec):

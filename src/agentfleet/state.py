@@ -120,6 +120,16 @@ class FleetState:
         marked = tuple(replace(each, good=True) if each.number == self.target else each for each in self.revisions)
         return replace(self, revisions=marked)
 
+    def with_bad_target(self) -> FleetState:
+        """Note that the target does not work after all, so that nothing falls back to it by itself."""
+        marked = tuple(replace(each, good=False) if each.number == self.target else each for each in self.revisions)
+        return replace(self, revisions=marked)
+
+    def taken_over(self, now: float) -> FleetState:
+        """The state as a new manager takes it up: while nobody managed the fleet, its rollout's deadline stood still."""
+        rollout = replace(self.rollout, progressed_at=now, best=None) if self.rolling else self.rollout
+        return replace(self, rollout=rollout)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
         return {
@@ -154,13 +164,13 @@ class FleetState:
         )
 
 
-def first_state(template: AgentTemplate, replicas: int, now: float) -> FleetState:
-    """The state of a fleet that is deployed for the first time."""
+def first_state(template: AgentTemplate, replicas: int, now: float, number: int = 1) -> FleetState:
+    """The state of a fleet that is deployed for the first time, or for the first time since it was deleted."""
     return FleetState(
         replicas=replicas,
-        target=1,
-        revisions=(Revision(1, template, now, "deploy"),),
-        rollout=begin(1, now),
+        target=number,
+        revisions=(Revision(number, template, now, "deploy"),),
+        rollout=begin(number, now),
         applied_template=template,
         applied_replicas=replicas,
     )

@@ -53,8 +53,7 @@ class Turn:
 
     def succeeded(self, action: str, id: str) -> None:
         """Say that an action was accepted."""
-        if action == "create":
-            self.sizing.created()
+        self.sizing.accepted(action)
         self._touch(id)
 
     def failed(self, action: str, id: str, error: Exception, now: float) -> None:
@@ -62,8 +61,10 @@ class Turn:
         self._touch(id)
         if action == "create":
             self.sizing.not_created(id, error, now)
-        elif action == "stop":
-            self._desk.view.keep(id)
+            return
+        self._desk.view.keep(id)
+        if action == "stop":
+            self.sizing.not_removed(now)
 
     def _touch(self, id: str) -> None:
         member = self._desk.view.members.get(id)
@@ -84,7 +85,7 @@ class Turn:
             return ripe
         self.sizing.merge_intents()
         step, wake = self.sizing.step(now)
-        proposals = {each.disruption.slot: each for each in self.sizing.proposals(step)}
+        proposals = {each.disruption.slot: each for each in self.sizing.proposals(step, now)}
         for each in self.repair.proposals(proposals.keys(), now):
             proposals.setdefault(each.disruption.slot, each)
         verdict = self._govern(proposals, now)
@@ -108,9 +109,11 @@ class Turn:
         wish = Wish(slot, Remedy.RESTART, (Reason("operator.restart", "an operator asked for it"),))
         if member.instance.phase is not Phase.EXITED:
             request = Disruption(slot, Cause.OPERATOR, member.condition in SERVING)
-            verdict = self._govern({slot: Proposal(request, member, wish)}, now)
+            proposal = Proposal(request, member, wish)
+            verdict = self._govern({slot: proposal}, now)
             if verdict.held:
                 raise OperationRefused(f"instance {id} is not restarted now: {verdict.held[0][1]}")
+            self._note_admitted(proposal, verdict)
         self.repair.apply(wish, member, now)
         self.save()
 
@@ -149,15 +152,19 @@ class Turn:
     def _carry_out(self, proposal: Proposal, verdict: GovernorDecision, now: float) -> None:
         desk, disruption, instance = self._desk, proposal.disruption, proposal.member.instance
         if not disruption.surplus or disruption.serving:
-            data = {"slot": disruption.slot, "cause": disruption.cause.value, "action": proposal.action}
-            data |= {"budget": verdict.budget, "in_flight": verdict.in_flight}
-            desk.record("governor.admitted", instance.id, data)
+            self._note_admitted(proposal, verdict)
         if proposal.wish is not None:
             self.repair.apply(proposal.wish, proposal.member, now)
             return
         desk.record("instance.removing", instance.id, {"slot": disruption.slot, "cause": disruption.cause.value})
         self.repair.forget(disruption.slot)
         desk.end(proposal.member, desk.drain_of(instance))
+
+    def _note_admitted(self, proposal: Proposal, verdict: GovernorDecision) -> None:
+        disruption = proposal.disruption
+        data = {"slot": disruption.slot, "cause": disruption.cause.value, "action": proposal.action}
+        data |= {"budget": verdict.budget, "in_flight": verdict.in_flight}
+        self._desk.record("governor.admitted", proposal.member.instance.id, data)
 
     # ------------------------------------------------------------------------------------------ the record
 

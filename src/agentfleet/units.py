@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+import reprlib
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+_LIMIT = 1e18
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
 _DECIMAL = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _TIME = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -28,19 +32,23 @@ _PERCENT = re.compile(rf"{_NUMBER}%", re.ASCII)
 def _number(value: object, what: str) -> float:
     """A finite, non-negative number, or an error that shows what would be right."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PydanticCustomError("quantity", "{what}, not {value}", {"what": what, "value": _show(value)})
-    if not math.isfinite(value) or value < 0:
+        raise PydanticCustomError("quantity", "{what}, not {value}", {"what": what, "value": show(value)})
+    if not value >= 0:  # NaN too; and compared before it becomes a float, which a huge int cannot
         raise PydanticCustomError(
-            "quantity", "{what}, and not negative; got {value}", {"what": what, "value": _show(value)}
+            "quantity", "{what}, and not negative; got {value}", {"what": what, "value": show(value)}
         )
-    if value > 1e18:
-        raise PydanticCustomError("quantity", "{what}; {value} is beyond 1e18", {"what": what, "value": _show(value)})
+    if value > _LIMIT:
+        raise PydanticCustomError("quantity", "{what}; {value} is beyond 1e18", {"what": what, "value": show(value)})
     return float(value)
 
 
-def _show(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def show(value: object) -> str:
+    """A short form for messages, whatever it is: nested without end, megabytes long, or a number of 5,000 digits."""
+    if isinstance(value, int) and abs(value) > _LIMIT:
+        return "a whole number beyond 1e18" if value > 0 else "a whole number below -1e18"
+    text = _SHORT.repr(value)
+    # half of a surrogate pair could not be printed
+    return (text if len(text) <= 60 else text[:57] + "...").encode("utf-8", "backslashreplace").decode()
 
 
 def parse_cpu(value: object) -> float:
@@ -51,12 +59,13 @@ def parse_cpu(value: object) -> float:
     return _number(value, what)
 
 
-def format_cpu(cores: float) -> str:
-    """Cores in the shortest exact words: whole cores as they are, else millicores when that is exact."""
-    if cores == int(cores):
-        return str(int(cores))
-    milli = round(cores * 1000, 9)
-    return f"{int(milli)}m" if milli == int(milli) and int(milli) / 1000 == cores else _plain(cores)
+def format_cpu(cores: float) -> str | float:
+    """Cores in the shortest exact words: whole cores, else millicores, else decimals; the bare number where none is."""
+    milli = round(cores * 1000)
+    for text in (f"{round(cores)}", f"{milli}m", _plain(cores)):
+        if len(text) <= 15 and parse_cpu(text) == cores:
+            return text
+    return cores
 
 
 def parse_memory(value: object) -> int:
@@ -67,16 +76,16 @@ def parse_memory(value: object) -> int:
         value = float(match[1]) * scale if "." in match[1] else int(match[1]) * scale
     number = _number(value, what)
     if number != int(number):
-        raise PydanticCustomError("quantity", "{what}; {value} is not whole", {"what": what, "value": _show(value)})
+        raise PydanticCustomError("quantity", "{what}; {value} is not whole", {"what": what, "value": show(value)})
     return int(value) if isinstance(value, int) else int(number)
 
 
-def format_memory(size: int) -> str:
-    """Bytes in the largest binary unit that is exact."""
+def format_memory(size: int) -> str | int:
+    """Bytes in the largest binary unit that is exact; the bare number where it has more digits than a word may have."""
     for unit, scale in reversed(_BINARY.items()):
-        if size and size % scale == 0:
+        if size and size % scale == 0 and size // scale < 10**15:
             return f"{size // scale}{unit}"
-    return str(size)
+    return str(size) if size < 10**15 else size
 
 
 def parse_duration(value: object) -> float:
@@ -103,13 +112,13 @@ def parse_share(value: object) -> int | str:
         percent = float(match[1])
         if percent > 100:
             raise PydanticCustomError(
-                "quantity", "{what}, at most 100%; got {value}", {"what": what, "value": _show(value)}
+                "quantity", "{what}, at most 100%; got {value}", {"what": what, "value": show(value)}
             )
         return f"{_plain(percent)}%"
-    number = _number(value, what)
+    _number(value, what)
     if not isinstance(value, int):
-        raise PydanticCustomError("quantity", "{what}, not {value}", {"what": what, "value": _show(value)})
-    return int(number)
+        raise PydanticCustomError("quantity", "{what}, not {value}", {"what": what, "value": show(value)})
+    return int(value)
 
 
 def share_of(share: int | str, total: int, *, round_up: bool) -> int:
@@ -141,40 +150,49 @@ def _format_share(share: int | str) -> int | str:
     return share
 
 
-Cpu = Annotated[
-    float,
-    BeforeValidator(parse_cpu),
-    PlainSerializer(format_cpu, return_type=str),
-    WithJsonSchema(_schema("250m", "number", "CPU cores")),
-]
-"""CPU in cores; "250m" is a quarter of a core."""
+if TYPE_CHECKING:
+    # A checker cannot be told that "30s" may be written where a float is read back (PEP 712 would have allowed it), so
+    # that values are checked when a spec is made, and their use inside the library by its tests.
+    Cpu = Any
+    Memory = Any
+    Duration = Any
+    Period = Any
+    Share = Any
+else:
+    Cpu = Annotated[
+        float,
+        BeforeValidator(parse_cpu),
+        PlainSerializer(format_cpu, return_type=str | float),
+        WithJsonSchema(_schema("250m", "number", "CPU cores")),
+    ]
+    """CPU in cores; "250m" is a quarter of a core."""
 
-Memory = Annotated[
-    int,
-    BeforeValidator(parse_memory),
-    PlainSerializer(format_memory, return_type=str),
-    WithJsonSchema(_schema("512Mi", "integer", "Memory in bytes")),
-]
-"""Memory in bytes; "512Mi" is 512 · 2^20."""
+    Memory = Annotated[
+        int,
+        BeforeValidator(parse_memory),
+        PlainSerializer(format_memory, return_type=str | int),
+        WithJsonSchema(_schema("512Mi", "integer", "Memory in bytes")),
+    ]
+    """Memory in bytes; "512Mi" is 512 · 2^20."""
 
-Duration = Annotated[
-    float,
-    BeforeValidator(parse_duration),
-    PlainSerializer(format_duration, return_type=str | float),
-    WithJsonSchema(_schema("30s", "number", "A duration; a bare number is seconds")),
-]
-"""A time span in seconds, zero allowed; "1m30s" is 90."""
+    Duration = Annotated[
+        float,
+        BeforeValidator(parse_duration),
+        PlainSerializer(format_duration, return_type=str | float),
+        WithJsonSchema(_schema("30s", "number", "A duration; a bare number is seconds")),
+    ]
+    """A time span in seconds, zero allowed; "1m30s" is 90."""
 
-Period = Annotated[
-    Duration,
-    Field(gt=0),
-]
-"""A time span in seconds, more than zero."""
+    Period = Annotated[
+        Duration,
+        Field(gt=0),
+    ]
+    """A time span in seconds, more than zero."""
 
-Share = Annotated[
-    int | str,
-    BeforeValidator(parse_share),
-    PlainSerializer(_format_share, return_type=int | str),
-    WithJsonSchema(_schema("10%", "integer", "A number of instances, or a share of the fleet")),
-]
-"""A number of instances, or a share of the fleet such as "10%"."""
+    Share = Annotated[
+        int | str,
+        BeforeValidator(parse_share),
+        PlainSerializer(_format_share, return_type=int | str),
+        WithJsonSchema(_schema("10%", "integer", "A number of instances, or a share of the fleet")),
+    ]
+    """A number of instances, or a share of the fleet such as "10%"."""

@@ -73,6 +73,8 @@ class Member:
     """False while only our own create speaks for it."""
     leaving: bool = False
     """True once we told it to go, ahead of its backend saying so."""
+    renewing: bool = False
+    """True from when we told its process to start again until it has: it keeps its place and serves nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +212,9 @@ class FleetView:
         if member is None:
             member = self.members[instance.id] = Member(instance, seen=seen)
         else:
-            if member.instance.started_at != instance.started_at:
+            if (member.instance.started_at, member.instance.restarts) != (instance.started_at, instance.restarts):
                 member.healthy_since = None  # another process: what the last one proved is void
+                member.renewing = False
                 self._set_load(member, 0, 0)
             if (member.instance.revision, member.instance.slot) != (instance.revision, instance.slot):
                 self._move(member, None)  # relabelled from outside: it leaves its old places first
@@ -237,11 +240,18 @@ class FleetView:
             member.leaving = True
             self._sort(member)
 
-    def keep(self, id: str) -> None:
-        """Take back `drain`, when telling the instance to go has failed."""
+    def renew(self, id: str) -> None:
+        """Mark an instance as restarting in place, ahead of its backend saying so."""
         member = self.members.get(id)
-        if member is not None and member.leaving:
-            member.leaving = False
+        if member is not None:
+            member.renewing = True
+            self._sort(member)
+
+    def keep(self, id: str) -> None:
+        """Take back `drain` or `renew`, when telling the instance has failed."""
+        member = self.members.get(id)
+        if member is not None and (member.leaving or member.renewing):
+            member.leaving = member.renewing = False
             self._sort(member)
 
     def judge(self, id: str, state: HealthState, now: float) -> bool:
@@ -303,12 +313,14 @@ class FleetView:
 
     def _condition(self, member: Member) -> Condition:
         phase, health = member.instance.phase, member.health
-        if member.leaving or phase is Phase.DRAINING:
+        if member.leaving or (phase is Phase.DRAINING and not member.renewing):
             return Condition.DRAINING
         if phase in (Phase.EXITED, Phase.LOST) or health is HealthState.DEAD:
             return Condition.DEAD
         if phase is Phase.PENDING:
             return Condition.PENDING
+        if member.renewing:
+            return Condition.STARTING
         if health is HealthState.UNHEALTHY:
             return Condition.SICK
         if member.healthy_since is None or not member.instance.ready:

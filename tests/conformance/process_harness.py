@@ -116,4 +116,4 @@ def _of(directory: Path, id: str | None = None) -> set[int]:
 
 def _descriptors() -> set[str]:
     folder = Path("/proc/self/fd")
-    return {f"{entry.name} {os.readlink(entry)}" for entry in folder.iterdir() if entry.exists()}
+    return {f"{entry.name} {entry.readlink()}" for entry in folder.iterdir() if entry.exists()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -130,7 +131,9 @@ def test_fewer_failures_than_the_threshold_never_suffice(check: HttpCheck, resul
             assert verdict.state is UNHEALTHY
         if UNHEALTHY not in (verdict.state, verdicts[0][1].state) and row:
             assert row < check.failures
-    if not any(all(not ok for ok in results[at : at + check.failures]) for at in range(len(results) - check.failures + 1)):
+    if not any(
+        all(not ok for ok in results[at : at + check.failures]) for at in range(len(results) - check.failures + 1)
+    ):
         assert all(verdict.state is not UNHEALTHY for _, verdict in verdicts)
 
 
@@ -160,7 +163,7 @@ def test_flapping_is_bounded(limit: int, window: float, results: list[tuple[floa
     verdicts, _ = run(policy, [(0, RUNNING), *[(gap, Probed(0, ok, 0.0)) for gap, ok in results]])
     changes = [
         now
-        for (_, before), (now, after) in zip(verdicts, verdicts[1:], strict=False)
+        for (_, before), (now, after) in pairwise(verdicts)
         if (before.state is UNHEALTHY) is not (after.state is UNHEALTHY)
     ]
     for start in changes:
@@ -195,5 +198,7 @@ def test_time_alone_changes_nothing_before_wake(policy: HealthPolicy, history: l
 @pytest.mark.parametrize("phase", [Phase.PENDING, Phase.DRAINING, Phase.EXITED, Phase.LOST])
 @given(policy=policies, results=st.lists(probes, max_size=20))
 def test_probes_judge_only_what_runs(phase: Phase, policy: HealthPolicy, results: list[Probed]) -> None:
-    verdicts, _ = run(policy, [(0, RUNNING), (1.0, Seen(phase, 0.0, started_at=100.0)), *[(1.0, probe) for probe in results]])
+    verdicts, _ = run(
+        policy, [(0, RUNNING), (1.0, Seen(phase, 0.0, started_at=100.0)), *[(1.0, probe) for probe in results]]
+    )
     assert len({verdict.state for _, verdict in verdicts[1:]}) == 1

@@ -63,10 +63,8 @@ def test_an_outage_is_not_learnt_but_a_slower_agent_is() -> None:
     after = rhythm.heard(10_000.0, 3.0)
     assert after.mean < 1.1
     assert after.last == 10_000.0
-    at = after.last
     for _ in range(400):
-        at += 10.0
-        after = after.heard(at, max(3.0, silence_for(10, after.mean, after.deviation)))
+        after = after.heard(after.last + 10.0, max(3.0, silence_for(10, after.mean, after.deviation)))
     assert after.mean == pytest.approx(10.0, rel=0.05)
 
 
@@ -74,4 +72,4 @@ def test_deafness_is_no_silence() -> None:
     rhythm = Rhythm(100.0, 1.0, 0.01, 50)
     assert rhythm.excused(3.0, 110.0).last == 103.0
     assert rhythm.excused(math.inf, 110.0).last == 110.0
-    assert rhythm.excused(5.0, 99.0).last == 100.0
+    assert rhythm.excused(5.0, 99.0).last == 99.0  # by another machine's clock

@@ -173,7 +173,7 @@ async def test_events_tell_who_what_and_why_but_no_values() -> None:
     assert (published.fleet, published.kind, state.kind, rejected.kind) == (
         "a",
         "config.published",
-        "state.config",
+        "state.config_store",
         "config.rejected",
     )
     assert published.data["author"] == rejected.data["author"] == "ann"

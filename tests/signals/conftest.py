@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import anyio
 import pytest
@@ -25,10 +25,8 @@ async def _serving(handler: Handler) -> AsyncIterator[str]:
 
     async def handle(stream: SocketStream) -> None:
         async with stream:
-            try:
-                await handler(stream)
-            except (anyio.BrokenResourceError, anyio.EndOfStream, anyio.ClosedResourceError):
-                pass  # the client hung up first
+            with suppress(anyio.BrokenResourceError, anyio.EndOfStream, anyio.ClosedResourceError):
+                await handler(stream)  # until the client hangs up
 
     async with listener, anyio.create_task_group() as group:
         group.start_soon(listener.serve, handle)
@@ -38,5 +36,5 @@ async def _serving(handler: Handler) -> AsyncIterator[str]:
 
 @pytest.fixture
 def serving() -> Callable[[Handler], object]:
-    """`async with serving(handler) as address`: each connection is one call of `handler`."""
+    """A context manager that gives an address, at which each connection is one call of a handler."""
     return _serving

@@ -63,7 +63,7 @@ async def closed_port() -> AsyncIterator[str]:
     """An address that refuses: bound, so that nobody else gets it, and not listening."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        yield "127.0.0.1:%d" % sock.getsockname()[1]
+        yield f"127.0.0.1:{sock.getsockname()[1]}"
 
 
 async def get(address: str, path: str = "/", timeout: float = LONG, **options: int) -> Response:
@@ -110,9 +110,9 @@ async def test_requests_reuse_one_connection(serving: Serving) -> None:
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nA: b\r\n\r\n" + answer(b"late"), 200, b"late"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 200, b""),
         (
-            b"HTTP/1.1 500 No\r\nTransfer-Encoding: Chunked\r\n\r\n4;ext=1\r\nWiki\r\nA\r\npedia in\r\n\r\n0\r\nT: x\r\n\r\n",
+            b"HTTP/1.1 500 No\r\nTransfer-Encoding: Chunked\r\n\r\n4;e=1\r\nWiki\r\nA\r\npedia in\r\n\r\n0\r\nT: x\r\n\r\n",
             500,
-            b"Wikipedia in\r\n"[:14],
+            b"Wikipedia in\r\n",
         ),
     ],
 )
@@ -249,7 +249,11 @@ async def test_no_repetition_once_an_answer_has_begun(serving: Serving) -> None:
     assert requests == 2
 
 
-async def test_idle_connections_are_bounded(serving: Serving) -> None:
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [({"max_idle_per_address": 2}, 4), ({"max_idle": 3, "max_idle_per_address": 9}, 3), ({"max_idle": 0}, 0)],
+)
+async def test_idle_connections_are_bounded(serving: Serving, limits: dict[str, int], kept: int) -> None:
     together = anyio.Event()
     waiting = 0
 
@@ -262,24 +266,14 @@ async def test_idle_connections_are_bounded(serving: Serving) -> None:
             await together.wait()
             await stream.send(answer())
 
-    for limits, kept in (
-        ({"max_idle_per_address": 2}, 4),
-        ({"max_idle": 3, "max_idle_per_address": 9}, 3),
-        ({"max_idle": 0}, 0),
-    ):
-        waiting, together = 0, anyio.Event()
-        async with serving(handler) as one, serving(handler) as two:
-            async with HttpClient(**limits) as client, anyio.create_task_group() as group:
-                for address in (one, two):
-                    for _ in range(3):
-                        group.start_soon(lambda a=address: client.request("GET", a, "/", timeout=LONG))
-            async with HttpClient(**limits) as client:
-                waiting, together = 0, anyio.Event()
-                async with anyio.create_task_group() as group:
-                    for address in (one, two):
-                        for _ in range(3):
-                            group.start_soon(lambda a=address: client.request("GET", a, "/", timeout=LONG))
-                assert client.idle == kept
+    async def ask(client: HttpClient, address: str) -> None:
+        await client.request("GET", address, "/", timeout=LONG)
+
+    async with serving(handler) as one, serving(handler) as two, HttpClient(**limits) as client:
+        async with anyio.create_task_group() as group:
+            for address in (one, two) * 3:
+                group.start_soon(ask, client, address)
+        assert client.idle == kept
 
 
 async def test_a_long_idle_connection_makes_room(serving: Serving) -> None:
@@ -317,6 +311,7 @@ async def test_a_long_idle_connection_makes_room(serving: Serving) -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Length: -2\r\n\r\nab", "content length"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n", "body of more than"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 2_000_000, "body of more than"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 10001\r\n\r\n" + b"x" * 10_001, "body of more than"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n", "body of more than"),
         (b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n", "malformed header"),
         (b"HTTP/1.1 200 OK\r\nspace : x\r\n\r\n", "malformed header"),
@@ -332,7 +327,7 @@ async def test_a_long_idle_connection_makes_room(serving: Serving) -> None:
 async def test_broken_answers_are_errors(serving: Serving, wired: bytes, message: str) -> None:
     async with serving(once(wired)) as address:
         with pytest.raises(HttpError, match=message) as caught:
-            await get(address, max_body=1_000_000)
+            await get(address, max_body=10_000)
     assert caught.value.sent
     assert isinstance(caught.value, AgentFleetError)
 

@@ -143,6 +143,8 @@ def says_yes(subject: Instance) -> bool:
 
 
 class Checks:
+    """Where a check may live."""
+
     @staticmethod
     async def says_yes_later(subject: Instance) -> bool:
         await anyio.lowlevel.checkpoint()
@@ -174,7 +176,7 @@ def fails(subject: Instance) -> bool:
         (hangs, "did not answer within 0.05 s"),
     ],
 )
-async def test_custom(call: object, error: str | None) -> None:
+async def test_custom(call: Callable[..., object] | str, error: str | None) -> None:
     async with prober() as ask:
         probed = await ask.probe(instance(), 0, CustomCheck(call=call, timeout=0.05 if call is hangs else LONG))
     assert probed.ok is (error is None)

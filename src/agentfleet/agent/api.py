@@ -147,6 +147,7 @@ class Api:
             (_P + "tasks_failed_total", "counter", "Tasks that failed.", ledger.failed),
             (_P + "tasks_in_flight", "gauge", "Tasks that run now.", len(ledger.running)),
             (_P + "queue_length", "gauge", "Tasks that wait to run.", len(ledger.waiting)),
+            (_P + "requests_waiting", "gauge", "Requests that wait for a task to end.", self._waiters),
             (_P + "seconds_since_progress", "gauge", "Seconds since the last progress.", vitals.since_progress),
             (_P + "loop_lag_seconds", "gauge", "How far the agent's event loop is behind.", vitals.loop_lag),
             (_P + "config_revision", "gauge", "Revision of the configuration in force.", self._config.revision),

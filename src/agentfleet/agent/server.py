@@ -155,8 +155,8 @@ class Server:
                 refusal = self.api.admit(head)
                 if refusal is None:
                     return await self._respond(head, reader, writer)
-                # a body that was not read makes the connection useless for another request
-                keep = head.keep_alive and not head.length
+                # a body that was not read, announced or not, makes the connection useless for another request
+                keep = head.keep_alive and (head.length == 0 or (head.length is None and head.method == "GET"))
                 await self._write(writer, refusal, keep_alive=keep)
             finally:
                 self._exchanges -= 1

@@ -60,7 +60,7 @@ class Tick:
     """Time has passed: the verdict's `wake` has come.
 
     `lag` is how long, of the time since the last tick or beat, the observer could not have heard a beat; infinite
-    after a change of observer.
+    after a change of observer. An observer who was deaf says so with a tick before he passes on other signals.
     """
 
     at: float

@@ -137,39 +137,41 @@ def decide(
     good, floor = observed.good, observed.desired - budget
     admitted: list[Disruption] = []
     held: list[tuple[Disruption, Reason]] = []
+    gone: set[int] = set()
     for request in sorted(observed.asked, key=lambda item: _RANK[item.cause]):
         allowed = budget if request.cause is Cause.OPERATOR else limit
         refusal = _unshrinkable(request, frozen_at)
         if refusal is None and request.surplus and (not request.serving or good > observed.desired):
-            under_way = tuple(item for item in under_way if item.slot != request.slot)  # nobody waits for it any more
+            gone.add(request.slot)  # nobody waits for it any more
         elif refusal is None:
             refusal = _over_budget(request, slots, allowed, frozen_at) or _below_floor(request, good, floor)
             if refusal is None and request.slot not in slots:
                 slots.add(request.slot)
-                under_way = (*under_way, InFlight(request.slot, request.cause, now))
+                under_way.append(InFlight(request.slot, request.cause, now))
         if refusal is not None:
             held.append((request, refusal))
             continue
         admitted.append(request)
         good -= request.serving
+    in_flight = tuple(item for item in under_way if item.slot not in gone)
     decision = GovernorDecision(
         admitted=tuple(admitted),
         held=tuple(held),
         budget=budget,
-        in_flight=len(under_way),
+        in_flight=len(in_flight),
         frozen=frozen_at is not None,
         reasons=brake,
         wake=_wake(policy, frozen_at, calm_since, now),
     )
-    return decision, GovernorMemory(under_way, frozen_at, calm_since)
+    return decision, GovernorMemory(in_flight, frozen_at, calm_since)
 
 
-def _still_under_way(in_flight: Sequence[InFlight], observed: GovernorObserved) -> tuple[InFlight, ...]:
+def _still_under_way(in_flight: Sequence[InFlight], observed: GovernorObserved) -> list[InFlight]:
     """Drop what is over: restored slots, and the oldest beyond what the fleet is short of."""
     restored = set(observed.restored)
     left = [item for item in in_flight if item.slot not in restored]
     short = max(0, observed.desired - observed.good)
-    return tuple(left[len(left) - short :] if len(left) > short else left)
+    return left[len(left) - short :] if len(left) > short else left
 
 
 def _brake(

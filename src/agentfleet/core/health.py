@@ -259,7 +259,7 @@ def _judge_readiness(policy: HealthPolicy, memory: HealthMemory, now: float) -> 
 def _patience(policy: HealthPolicy, check: HeartbeatCheck, rhythm: Rhythm) -> float:
     """Seconds of silence that make an instance unhealthy."""
     patience = max(check.min_silence, silence_for(check.phi, rhythm.mean, rhythm.deviation))
-    return patience if rhythm.count else max(policy.startup, patience)
+    return float(patience if rhythm.count else max(policy.startup, patience))
 
 
 def _is_heard(policy: HealthPolicy, check: HeartbeatCheck, memory: HealthMemory, now: float) -> bool | None:
@@ -313,7 +313,7 @@ def _damp(
 
 def _calm(policy: HealthPolicy, memory: HealthMemory) -> float:
     """When fewer than `flap_limit` changes will be left in the window."""
-    return memory.flaps[-policy.flap_limit] + policy.flap_window
+    return float(memory.flaps[-policy.flap_limit] + policy.flap_window)
 
 
 def _wake(policy: HealthPolicy, memory: HealthMemory, now: float) -> float | None:

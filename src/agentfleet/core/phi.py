@@ -63,7 +63,7 @@ class Rhythm:
 
     def excused(self, lag: float, now: float) -> Rhythm:
         """The rhythm when the observer itself was deaf for `lag` seconds of the present silence."""
-        return Rhythm(min(max(self.last, now), self.last + lag), self.mean, self.variance, self.count)
+        return Rhythm(min(now, self.last + lag), self.mean, self.variance, self.count)
 
 
 def expected(interval: float, now: float) -> Rhythm:

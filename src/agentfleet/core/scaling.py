@@ -222,7 +222,7 @@ def committed(policy: ScalingPolicy, decision: Decision, memory: Memory, now: fl
     if decision.change == 0:
         return memory
     slept = decision.desired == 0 and policy.min_replicas == 0 and any(_fleet_wide(t) for t in policy.targets)
-    memory = replace(memory, scaled_to_zero=decision.current > 0 and slept)
+    memory = replace(memory, scaled_to_zero=slept)
     if policy.legacy_limits:
         return memory
     if decision.change > 0:

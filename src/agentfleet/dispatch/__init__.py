@@ -1,4 +1,4 @@
-"""Send tasks to a fleet: least loaded first, handed on when an instance dies, never lost, never run twice needlessly."""
+"""Send tasks to a fleet: least loaded first, handed on when an instance dies, never lost, run twice only if need be."""
 
 from agentfleet.dispatch.dispatcher import Dispatcher
 from agentfleet.dispatch.job import Result, Submission

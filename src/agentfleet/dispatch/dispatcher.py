@@ -109,8 +109,10 @@ class Dispatcher:
         group.cancel_scope.cancel()
         cancelled = isinstance(error, anyio.get_cancelled_exc_class())
         try:
-            # the body's own error passes as it is, not wrapped in the group's; a cancellation may be the group's own
-            return await group.__aexit__(*((kind, error, trace) if cancelled else (None, None, None)))
+            if cancelled:  # perhaps by the group itself, because a task of it failed
+                return await group.__aexit__(kind, error, trace)
+            await group.__aexit__(None, None, None)  # the body's own error stays as it is, not in a group
+            return None
         finally:
             for job in self._jobs.values():
                 job.done.set()  # without a result: whoever waits is told that the dispatcher was closed

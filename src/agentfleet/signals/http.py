@@ -8,6 +8,7 @@ no cookie: agents answer on their fleet's own network.
 from __future__ import annotations
 
 import errno
+import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
@@ -182,7 +183,7 @@ class HttpClient:
         return None
 
     def _keep(self, connection: Connection) -> None:
-        now = anyio.current_time()
+        now = time.monotonic()
         address = connection.address
         kept = self._idle.pop(address, None) or deque()
         connection.used = True

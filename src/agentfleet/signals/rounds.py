@@ -44,6 +44,7 @@ class Agenda(Generic[ItemT]):
         self._heap: list[tuple[float, int, ItemT]] = []
         self._number = itertools.count()
         self._nap: anyio.CancelScope | None = None
+        self._since = 0.0
         self._until = math.inf
         self._stall = 0.0
         self._lags: deque[float] = deque(maxlen=1024)
@@ -74,6 +75,7 @@ class Agenda(Generic[ItemT]):
                 handle(due, item, now)
             handled()
             until = heap[0][0] if heap else math.inf
+            self._since = now
             self._until = min(until, now + self._pulse) if attentive() else until
             await self._wait(now)
 
@@ -84,17 +86,20 @@ class Agenda(Generic[ItemT]):
             else:
                 await anyio.sleep_forever()
         self._nap = None
-        lag = self._clock.now() - self._until
+        now = self._clock.now()
+        lag = now - self._until
+        self._stall = self.stalled(now)
         self._until = math.inf
         if lag >= 0:  # else it was woken early
             self._lags.append(lag)
             self._lag_max = max(self._lag_max, lag)
-            self._stall += lag if lag >= _NOTICED else 0.0
 
     def stalled(self, now: float) -> float:
-        """Seconds in which this event loop could not run, so far; including a stall that is only just ending."""
-        lag = now - self._until
-        return self._stall + lag if lag >= _NOTICED else self._stall
+        """Seconds in which this event loop could not run, so far; including a stall that is only just ending.
+
+        The wait that ended late counts as a whole, as it may have been late from its beginning.
+        """
+        return self._stall + now - self._since if now - self._until >= _NOTICED else self._stall
 
     def lag(self) -> tuple[float, float]:
         """Lateness in seconds: the 99th percentile of the last 1,024 waits, and the most ever."""

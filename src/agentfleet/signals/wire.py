@@ -76,15 +76,11 @@ class Connection:
     async def send(self, data: bytes) -> None:
         """Hand all of `data` to the system."""
         view = memoryview(data)
-        while True:
+        while view:
             try:
-                sent = self.sock.send(view)
+                view = view[self.sock.send(view) :]
             except BlockingIOError:
                 await anyio.wait_writable(self.sock)
-                continue
-            if sent == len(view):
-                return
-            view = view[sent:]
 
     async def more(self) -> bool:
         """Receive something; False at the end of the stream."""
@@ -209,6 +205,17 @@ def say(error: BaseException) -> str:
 
 def encode(method: str, address: str, path: str, body: bytes | None, headers: Mapping[str, str] | None) -> bytes:
     """A request as bytes; raises `SpecError` for characters that HTTP does not allow."""
+    if body is None and not headers:
+        return _encode_bare(method, address, path)
+    return _encode(method, address, path, body, headers)
+
+
+@functools.lru_cache(maxsize=16_384)
+def _encode_bare(method: str, address: str, path: str) -> bytes:
+    return _encode(method, address, path, None, None)  # a probe sends the same bytes again and again
+
+
+def _encode(method: str, address: str, path: str, body: bytes | None, headers: Mapping[str, str] | None) -> bytes:
     if not _TOKEN.fullmatch(method) or not _TARGET.fullmatch(path):
         raise SpecError(f"{method[:40]!r} {path[:100]!r} is no HTTP request: method or path holds illegal characters")
     _split(address)
@@ -226,6 +233,28 @@ def encode(method: str, address: str, path: str, body: bytes | None, headers: Ma
 
 async def read_response(connection: Connection, method: str, max_body: int) -> tuple[Response, bool]:
     """One final answer, and whether the connection can serve again."""
+    return _read_at_once(connection, method, max_body) or await _read_in_parts(connection, method, max_body)
+
+
+def _read_at_once(connection: Connection, method: str, max_body: int) -> tuple[Response, bool] | None:
+    """The commonest case, for speed: a small answer with its length that has arrived whole."""
+    head, mark, body = connection.buffer.partition(b"\r\n\r\n")
+    if not mark or method == "HEAD":
+        return None
+    version, status, headers = _parse_head(head, connection.address)
+    length = headers.get("content-length", "")
+    if status != 200 or length != str(len(body)) or len(body) > max_body or "transfer-encoding" in headers:
+        return None
+    connection.buffer = b""
+    return Response(status, headers, body), _may_keep(version, headers)
+
+
+def _may_keep(version: str, headers: Mapping[str, str]) -> bool:
+    options = headers.get("connection", "").lower()
+    return "close" not in options and (version == "1" or "keep-alive" in options)
+
+
+async def _read_in_parts(connection: Connection, method: str, max_body: int) -> tuple[Response, bool]:
     for _ in range(_MAX_INTERIM):
         head = await connection.until(b"\r\n\r\n", _MAX_HEAD, "a header")
         version, status, headers = _parse_head(head, connection.address)
@@ -235,8 +264,7 @@ async def read_response(connection: Connection, method: str, max_body: int) -> t
             raise HttpError(f"{connection.address} switched protocols without being asked to")
     else:
         raise HttpError(f"{connection.address} sent {_MAX_INTERIM} interim answers and no final one")
-    options = headers.get("connection", "").lower()
-    keep = "close" not in options and (version == "1" or "keep-alive" in options)
+    keep = _may_keep(version, headers)
     if method == "HEAD" or status in (204, 304):
         return Response(status, headers, b""), keep
     if "transfer-encoding" in headers:
@@ -261,12 +289,19 @@ def _parse_head(head: bytes, address: str) -> tuple[str, int, dict[str, str]]:
         raise HttpError(f"{address} does not speak HTTP/1.1: it began with {first[:60]!r}")
     headers: dict[str, str] = {}
     for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not _TOKEN.fullmatch(name):
+        raw, colon, value = line.partition(":")
+        name = _header_name(raw)
+        if not colon or not name:
             raise HttpError(f"{address} sent a malformed header line: {line[:60]!r}")
-        name, value = name.lower(), value.strip(" \t")
+        value = value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return match[1], int(match[2]), headers
+
+
+@functools.lru_cache(maxsize=1024)
+def _header_name(raw: str) -> str:
+    """In lower case; empty if it is no name. The same few names come again and again."""
+    return raw.lower() if len(raw) < 256 and _TOKEN.fullmatch(raw) else ""
 
 
 def _length(text: str, address: str) -> int:

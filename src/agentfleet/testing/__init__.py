@@ -1,8 +1,10 @@
-"""What a user's own tests import: virtual time, a simulated cluster with faults on demand, hypothesis strategies.
+"""What a user's own tests import: virtual time, plans of faults for the simulated cluster, hypothesis strategies.
 
-`agentfleet.testing.strategies` is imported by its own name, because it needs hypothesis.
+The cluster itself is `agentfleet.backends.memory`. `agentfleet.testing.strategies` is imported by its own name, because
+it needs hypothesis.
 """
 
+from agentfleet.testing.fault_plan import Fault, FaultPlan
 from agentfleet.testing.virtual_time import Deadlock, VirtualTimeLoop, run_virtual, virtual
 
-__all__ = ["Deadlock", "VirtualTimeLoop", "run_virtual", "virtual"]
+__all__ = ["Deadlock", "Fault", "FaultPlan", "VirtualTimeLoop", "run_virtual", "virtual"]

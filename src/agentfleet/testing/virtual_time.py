@@ -19,13 +19,12 @@ import math
 import random
 import selectors
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar, TypeVarTuple, Unpack
+from typing import Any, Literal, NoReturn, TypeVar, TypeVarTuple, Unpack
 
 import anyio
 
 Loop = Literal["asyncio", "trio"]
 ResultT = TypeVar("ResultT")
-ParamsP = ParamSpec("ParamsP")
 ArgsTs = TypeVarTuple("ArgsTs")
 
 
@@ -205,7 +204,7 @@ def run_virtual(
     raise ValueError(f"backend is 'asyncio' or 'trio', not {backend!r}")
 
 
-def virtual(test: Callable[ParamsP, Awaitable[None]]) -> Callable[Concatenate[str, ParamsP], None]:
+def virtual(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     """Decorator: run an async pytest test in virtual time, once on asyncio and once on trio.
 
     Fixtures and parameters work as usual (they are made outside the loop). Under hypothesis put `@given` outermost::
@@ -216,7 +215,7 @@ def virtual(test: Callable[ParamsP, Awaitable[None]]) -> Callable[Concatenate[st
     import pytest  # noqa: PLC0415 - run_virtual alone needs no test runner
 
     @functools.wraps(test)
-    def run(virtual_loop: str, *args: ParamsP.args, **kwargs: ParamsP.kwargs) -> None:
+    def run(*args: Any, virtual_loop: str, **kwargs: Any) -> None:
         run_virtual(functools.partial(test, *args, **kwargs), backend=virtual_loop)
 
     del run.__wrapped__  # pytest asks the signature below, which has the loop as one more parameter
@@ -225,5 +224,5 @@ def virtual(test: Callable[ParamsP, Awaitable[None]]) -> Callable[Concatenate[st
     shape = shape.replace(parameters=[*shape.parameters.values(), loop], return_annotation=None)
     run.__signature__ = shape  # type: ignore[attr-defined]
     marked: Any = pytest.mark.parametrize("virtual_loop", ["asyncio", "trio"])(run)
-    decorated: Callable[Concatenate[str, ParamsP], None] = marked
+    decorated: Callable[..., None] = marked
     return decorated

@@ -224,6 +224,11 @@ class MemoryBackend:
         return self._world.size(fleet) if phase is None else self._world.count(fleet, phase)
 
     @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes as they are now."""
+        return tuple(machine.node for machine in self._world.machines.values())
+
+    @property
     def watchers(self) -> int:
         """How many watches are open."""
         return len(self._world.watches())

@@ -16,6 +16,7 @@ from agentfleet.backends.memory.agent import Agent, Condition, Machine
 from agentfleet.backends.memory.watch import Watch
 from agentfleet.backends.memory.world import World
 from agentfleet.errors import BackendError, BackendRefused, Conflict, InstanceGone
+from agentfleet.instances import Phase
 
 Action = Literal["create", "stop", "restart", "usage", "logs"]
 CHANGES: tuple[Action, ...] = ("create", "stop", "restart")
@@ -137,7 +138,8 @@ class Faults:
         now, machine = self._world.advance(), self._machine(node)
         self._world.cut(machine, now)
         for agent in list(machine.agents.values()):
-            self._world.exit(agent, now, None)
+            if agent.phase is not Phase.EXITED:
+                self._world.exit(agent, now, None)
         self._until(now, (node, "partition"), seconds, lambda at: self._world.join(machine, at))
 
     def heal(self, node: str) -> None:
@@ -226,10 +228,23 @@ class Faults:
         self._slow.append(_Trouble(actions, times, seconds=seconds))
 
     def allow(self) -> None:
-        """Undo every fault of actions, and every quota."""
+        """Undo every fault of actions; quotas stay."""
         self._troubles.clear()
         self._slow.clear()
-        self._quotas.clear()
+
+    def clear(self) -> None:
+        """Undo every fault of whatever kind; quotas and cordons, which are no faults, stay."""
+        self.allow()
+        self.cure()
+        self.lag(0.0)
+        for watch in self._world.watches():
+            watch.lose = watch.double = 0
+        for machine in self._world.machines.values():
+            if not machine.reachable:
+                self.heal(machine.node.name)
+        self._ends.clear()
+        if not self._world.available:
+            self.available()
 
     # -------------------------------------------------------------------------------------------- for the backend
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from agentfleet.backends.memory.agent import Agent, Load
 from agentfleet.backends.memory.world import World
 from agentfleet.core.evidence import Probed
-from agentfleet.errors import SpecError
 from agentfleet.instances import AgentStatus, Instance, Phase
 from agentfleet.specs import Check, HeartbeatCheck, HttpCheck, TcpCheck
 
@@ -42,12 +41,12 @@ class MemoryProber:
             check: An HTTP, TCP or custom check.
             credential: Not looked at.
 
-        Raises:
-            SpecError: Heartbeats are not probed for.
+        Returns:
+            The answer. A failure of whatever kind is a failed probe, never an exception.
         """
-        if isinstance(check, HeartbeatCheck):
-            raise SpecError("a heartbeat check is not probed: heartbeats come by themselves")
         began = self._world.advance()
+        if isinstance(check, HeartbeatCheck):
+            return Probed(index, False, began, error="heartbeats come by themselves and cannot be asked for")
         latency = self._latency(instance, check)
         if latency > check.deadline:
             await self._world.clock.sleep(check.deadline)

@@ -103,8 +103,11 @@ def _match(record: Record, one: Marked | None) -> Found:
         record = replace(record, pid=one.pid, identity=one.identity)
     if record.pid is not None and record.identity is not None:
         process = Process.open(record.pid, record.identity)
-        if process is not None:
+        if process is not None and not process.collect():
             return Found(record, process)
+        if process is not None:  # it has ended, and only now is reaped
+            process.close()
+            return Found(replace(record, exited=True, exit_code=process.code), None)
     return Found(replace(record, exited=True, exit_code=None), None)
 
 

@@ -78,8 +78,8 @@ class ProcessBackend:
             raise ValueError("max_output: at least 1024 bytes")
         if on_close not in ("stop", "keep"):
             raise ValueError('on_close: "stop" or "keep"')
-        self._make_ports = lambda: Ports(ports)
-        self._make_ports()  # what is wrong with the range is said here
+        Ports(ports)  # what is wrong with the range is said here, not on entering
+        self._ports = ports
         self._path = Path(state_dir) if state_dir is not None else default_state_dir()
         self._stops = on_close == "stop"
         self._grace = close_grace
@@ -100,7 +100,7 @@ class ProcessBackend:
         # Shielded, so that an acquired lock cannot get lost between the thread and this task.
         with anyio.CancelScope(shield=True):
             state, found = await anyio.to_thread.run_sync(_open, self._path)
-        used = self._make_ports()
+        used = Ports(self._ports)
         used.begin_at(int(state.marker, 16))
         self._house = House(state, used, self._clock, self._node)
         self._outer = anyio.create_task_group()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import signal
 from typing import Self
 
@@ -56,17 +57,18 @@ class Process:
 
         Killing what is left of the group before reaping is what makes it safe: until then the pid cannot be reused.
         """
-        if self.ended:
-            return
-        if self._descriptor is not None:
-            await anyio.wait_readable(self._descriptor)
-        else:
-            while self._alive():  # noqa: ASYNC110  (there is nothing that could wake us)
+        while not self.collect():
+            if self._descriptor is not None and not self._at_end():
+                await anyio.wait_readable(self._descriptor)
+            else:  # nothing wakes us; or a tracer sees the end before we may reap
                 await anyio.sleep(_POLL)
-        self.kill()
-        while not self._reap():  # noqa: ASYNC110  (a tracer, for one, may see the end before we do)
-            await anyio.sleep(_POLL)
-        self.ended = True
+
+    def collect(self) -> bool:
+        """Whether the process has ended; if so, everything that `wait` promises has been done."""
+        if not self.ended and self._at_end():
+            self.kill()
+            self.ended = self._reap()
+        return self.ended
 
     def terminate(self) -> None:
         """Ask the process, and only it, to finish (SIGTERM). Nothing happens if it has ended."""
@@ -108,6 +110,13 @@ class Process:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def _at_end(self) -> bool:
+        if self._descriptor is None:
+            return not self._alive()
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _alive(self) -> bool:
         info = system.look(self.pid)

@@ -1,0 +1,227 @@
+"""What one event costs a fleet of any size: the view and the decisions on it; and what one instance costs in memory.
+
+The law under test: cost follows change, not size. Each row gives the cost of one event; the ratio against the smallest
+fleet is in the note. One row is expected to grow: the governor's memory lists each disruption under way, so with the
+whole budget in flight its cost follows the budget.
+
+Run: `python benchmarks/bench_core.py`
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from agentfleet.core import governor, recovery, rollout
+from agentfleet.core.governor import Cause, Disruption, GovernorMemory, GovernorObserved, InFlight
+from agentfleet.core.recovery import Ailment, Case, RecoveryMemory
+from agentfleet.core.rollout import RolloutObserved, begin
+from agentfleet.instances import AgentStatus, HealthState, Instance, Phase
+from agentfleet.specs import RecoveryPolicy, RolloutPolicy
+from agentfleet.view import Counts, FleetView
+
+SIZES = (1_000, 10_000, 100_000)
+EVENTS = 1_000
+ROUNDS = 5
+NOW = 1_700_000_000.0
+RECOVERY = RecoveryPolicy()
+ROLLOUT = RolloutPolicy()
+
+
+def make(slot: int, *, started_at: float = NOW) -> Instance:
+    """An instance as a backend shows it, with strings of its own."""
+    return Instance(
+        id=f"researchers-{slot}-{slot * 2_654_435_761 % 2**32:08x}",
+        fleet="researchers",
+        slot=slot,
+        revision=1 + slot % 2,
+        version="1",
+        phase=Phase.RUNNING,
+        created_at=NOW + slot / 1000,
+        started_at=started_at,
+        ready=True,
+        ready_at=started_at,
+        node=f"node-{slot % 100}",
+        address=f"10.{slot >> 16 & 255}.{slot >> 8 & 255}.{slot & 255}:8080",
+    )
+
+
+def make_view(size: int) -> FleetView:
+    """A fleet of healthy instances of two revisions."""
+    view = FleetView()
+    for slot in range(size):
+        instance = make(slot)
+        view.put(instance)
+        view.judge(instance.id, HealthState.HEALTHY, NOW)
+    return view
+
+
+def take_turn(view: FleetView, member_id: str, size: int, memory: GovernorMemory) -> GovernorMemory:
+    """What a fleet computes on one event: an instance falls sick, everything is decided, and it is well again."""
+    view.judge(member_id, HealthState.UNHEALTHY, NOW)
+    slot = view.members[member_id].instance.slot
+    counts = view.total_counts()
+    observed = RolloutObserved(size, view.counts(2), view.counts(1))
+    rollout.decide(ROLLOUT, observed, begin(2, NOW), NOW)
+    recovery.decide(RECOVERY, Case(Ailment.SICK, NOW), RecoveryMemory(), NOW)
+    asked = (Disruption(slot, Cause.RECOVERY, serving=False),)
+    seen = GovernorObserved(size, counts.good, counts.sick + counts.dead, (), asked)
+    _, memory = governor.decide(RECOVERY, seen, memory, NOW)
+    view.judge(member_id, HealthState.HEALTHY, NOW)
+    return memory
+
+
+def actions(size: int) -> dict[str, Callable[[Sequence[str]], None]]:
+    """What is measured: each takes the ids of the instances that it happens to."""
+    view = make_view(size)
+    slots = {id: member.instance.slot for id, member in view.members.items()}
+    flying = GovernorMemory(tuple(InFlight(slot, Cause.RECOVERY, NOW) for slot in range(RECOVERY.budget(size) - 1)))
+    half = Counts(idle=size // 2)
+    good = size - len(flying.in_flight) - 1
+
+    def put(ids: Sequence[str]) -> None:
+        for number, id in enumerate(ids):
+            view.put(make(slots[id], started_at=NOW + number))
+
+    def judge(ids: Sequence[str]) -> None:
+        for id in ids:
+            view.judge(id, HealthState.UNHEALTHY, NOW)
+        for id in ids:
+            view.judge(id, HealthState.HEALTHY, NOW)
+
+    def report(ids: Sequence[str]) -> None:
+        for number, id in enumerate(ids):
+            view.report(id, AgentStatus(in_flight=number % 2, queue_length=number))
+
+    def decide_recovery(ids: Sequence[str]) -> None:
+        case = Case(Ailment.SICK, NOW)
+        for _ in ids:
+            recovery.decide(RECOVERY, case, RecoveryMemory(), NOW)
+
+    def decide_rollout(ids: Sequence[str]) -> None:
+        observed = RolloutObserved(size, half, half)
+        memory = begin(2, NOW)
+        for _ in ids:
+            rollout.decide(ROLLOUT, observed, memory, NOW)
+
+    def decide_governor(ids: Sequence[str]) -> None:
+        for id in ids:
+            asked = (Disruption(slots[id], Cause.RECOVERY, serving=False),)
+            governor.decide(RECOVERY, GovernorObserved(size, size - 1, 1, (), asked), GovernorMemory(), NOW)
+
+    def decide_governor_full(ids: Sequence[str]) -> None:
+        for id in ids[:20]:
+            asked = (Disruption(slots[id], Cause.RECOVERY, serving=False),)
+            governor.decide(RECOVERY, GovernorObserved(size, good, 1, (), asked), flying, NOW)
+
+    def turn(ids: Sequence[str]) -> None:
+        memory = GovernorMemory()
+        for id in ids:
+            memory = take_turn(view, id, size, memory)
+
+    return {
+        "view.put": put,
+        "view.judge": judge,
+        "view.report": report,
+        "recovery.decide": decide_recovery,
+        "rollout.decide": decide_rollout,
+        "governor.decide": decide_governor,
+        "governor.decide, budget in flight": decide_governor_full,
+        "event: judge twice and decide all": turn,
+    }
+
+
+def time_rows(size: int) -> list[dict[str, Any]]:
+    """The cost of each action on one fleet: the median of some rounds."""
+    measured = actions(size)
+    rng = random.Random(size)
+    names = [make(slot).id for slot in range(size)]
+    per_round = {"view.judge": 2 * EVENTS, "governor.decide, budget in flight": 20}
+    spent: dict[str, list[float]] = {name: [] for name in measured}
+    for _ in range(ROUNDS):
+        for name, act in measured.items():
+            ids = rng.sample(names, EVENTS)
+            gc.collect()
+            start = time.perf_counter()
+            act(ids)
+            spent[name].append(time.perf_counter() - start)
+    return [
+        {
+            "name": name,
+            "size": size,
+            "seconds": statistics.median(times),
+            "per_item": statistics.median(times) / per_round.get(name, EVENTS),
+            "note": "",
+        }
+        for name, times in spent.items()
+    ]
+
+
+def memory_row(size: int) -> dict[str, Any]:
+    """Bytes of one instance in the view: its Instance with its strings, its Member, and its share of the indexes."""
+    gc.collect()
+    tracemalloc.start()
+    start = time.perf_counter()
+    before = tracemalloc.get_traced_memory()[0]
+    view = make_view(size)
+    gc.collect()
+    used = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert len(view) == size
+    row = {"name": "view memory", "size": size, "seconds": time.perf_counter() - start}
+    return {**row, "per_item": used / size, "note": "bytes an instance"}
+
+
+def storm_row(size: int) -> dict[str, Any]:
+    """A whole budget asked for in one decision."""
+    asked = tuple(Disruption(slot, Cause.OPERATOR, serving=True) for slot in range(RECOVERY.budget(size)))
+    start = time.perf_counter()
+    decision, _ = governor.decide(RECOVERY, GovernorObserved(size, size, 0, (), asked), GovernorMemory(), NOW)
+    seconds = time.perf_counter() - start
+    assert len(decision.admitted) == len(asked)
+    return {
+        "name": "governor.decide, all asked at once",
+        "size": size,
+        "seconds": seconds,
+        "per_item": seconds / len(asked),
+        "note": f"{len(asked)} requests",
+    }
+
+
+def slots_row(size: int) -> dict[str, Any]:
+    """Free slots found after the whole fleet has left."""
+    view = make_view(size)
+    for id in list(view.members):
+        view.remove(id)
+    start = time.perf_counter()
+    view.next_slots(size)
+    seconds = time.perf_counter() - start
+    return {"name": "view.next_slots, all", "size": size, "seconds": seconds, "per_item": seconds / size, "note": ""}
+
+
+def run() -> list[dict[str, Any]]:
+    """All rows; `per_item` is in seconds, for memory in bytes."""
+    rows: list[dict[str, Any]] = []
+    for size in SIZES:
+        rows += [*time_rows(size), storm_row(size), slots_row(size), memory_row(size)]
+    smallest = {row["name"]: row["per_item"] for row in rows if row["size"] == SIZES[0]}
+    for row in rows:
+        ratio = f"x{row['per_item'] / smallest[row['name']]:.2f}"
+        row["note"] = f"{ratio} {row['note']}".strip()
+    return rows
+
+
+def main() -> None:
+    print(f"{'what':36} {'size':>8} {'one item':>14}  note")
+    for row in sorted(run(), key=lambda row: row["name"]):
+        one = f"{row['per_item']:.0f} bytes" if "bytes" in row["note"] else f"{row['per_item'] * 1e6:.2f} us"
+        print(f"{row['name']:36} {row['size']:>8} {one:>14}  {row['note']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Importing agentfleet is light, and what modules say they export exists."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import agentfleet
+
+HEAVY = [
+    "prometheus_client", "psutil", "tenacity", "trio", "click", "rich", "jsonschema", "hypothesis", "pytest",
+    "kubernetes_asyncio", "kubernetes", "aiohttp", "sqlalchemy", "redis", "numpy", "pandas", "IPython",
+]  # fmt: skip
+NEEDS = {"agentfleet.testing.strategies": "hypothesis", "agentfleet.cli": "click", "agentfleet.demo": "rich"}
+"""Modules that need an extra by their nature, and what they need."""
+
+MODULES = sorted(module.name for module in pkgutil.walk_packages(agentfleet.__path__, "agentfleet."))
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Names of modules loaded by a statement in an interpreter of its own."""
+    code = f"import sys, json\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def test_the_plain_import_is_light() -> None:
+    assert not loaded_after("import agentfleet") & set(HEAVY)
+
+
+@pytest.mark.parametrize("module", ["specs", "events", "stores.jsonl_journal", "configstore", "telemetry", "clock"])
+def test_a_part_alone_is_light(module: str) -> None:
+    assert not loaded_after(f"import agentfleet.{module}") & set(HEAVY)
+
+
+def test_the_agents_side_needs_the_standard_library_alone() -> None:
+    ours = {"anyio", "pydantic", "yaml", *HEAVY}
+    if importlib.util.find_spec("agentfleet.agent") is not None:
+        assert not loaded_after("import agentfleet.agent") & ours
+
+
+@pytest.mark.parametrize("name", ["agentfleet", *MODULES])
+def test_what_a_module_exports_exists(name: str) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    if name.endswith("__main__"):
+        pytest.skip("running it is its import")
+    module = importlib.import_module(name)
+    exported = getattr(module, "__all__", [])
+    assert len(set(exported)) == len(exported)
+    for public in exported:
+        assert getattr(module, public) is not None, public
+    assert set(exported) <= set(dir(module))
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError):
+        agentfleet.no_such_name  # noqa: B018
