@@ -2,7 +2,8 @@
 
 The law under test: cost follows change, not size. Each row gives the cost of one event; the ratio against the smallest
 fleet is in the note. One row is expected to grow: the governor's memory lists each disruption under way, so with the
-whole budget in flight its cost follows the budget.
+whole budget in flight its cost follows the budget. Times are CPU seconds, so that other work on the machine does not
+count.
 
 Run: `python benchmarks/bench_core.py`
 """
@@ -27,7 +28,8 @@ from agentfleet.view import Counts, FleetView
 
 SIZES = (1_000, 10_000, 100_000)
 EVENTS = 1_000
-ROUNDS = 5
+ROUNDS = 7
+FEW = 20
 NOW = 1_700_000_000.0
 RECOVERY = RecoveryPolicy()
 ROLLOUT = RolloutPolicy()
@@ -76,113 +78,118 @@ def take_turn(view: FleetView, member_id: str, size: int, memory: GovernorMemory
     return memory
 
 
-def actions(size: int) -> dict[str, Callable[[Sequence[str]], None]]:
-    """What is measured: each takes the ids of the instances that it happens to."""
-    view = make_view(size)
-    slots = {id: member.instance.slot for id, member in view.members.items()}
-    flying = GovernorMemory(tuple(InFlight(slot, Cause.RECOVERY, NOW) for slot in range(RECOVERY.budget(size) - 1)))
-    half = Counts(idle=size // 2)
-    good = size - len(flying.in_flight) - 1
+class Bench:
+    """One fleet and the actions that are measured on it; each takes the ids of the instances that it happens to."""
 
-    def put(ids: Sequence[str]) -> None:
-        for number, id in enumerate(ids):
-            view.put(make(slots[id], started_at=NOW + number))
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.view = make_view(size)
+        self.slots = {id: member.instance.slot for id, member in self.view.members.items()}
+        self.later = {id: make(slot, started_at=NOW + 1) for id, slot in self.slots.items()}
+        budget = RECOVERY.budget(size)
+        self.flying = GovernorMemory(tuple(InFlight(slot, Cause.RECOVERY, NOW) for slot in range(budget - 1)))
+        self.actions: dict[str, tuple[Callable[[Sequence[str]], None], int]] = {
+            "view.put": (self.put, EVENTS),
+            "view.judge": (self.judge, 2 * EVENTS),
+            "view.report": (self.report, EVENTS),
+            "recovery.decide": (self.decide_recovery, EVENTS),
+            "rollout.decide": (self.decide_rollout, EVENTS),
+            "governor.decide": (self.decide_governor, EVENTS),
+            "governor.decide, budget in flight": (self.decide_governor_full, FEW),
+            "event: judge twice and decide all": (self.turn, EVENTS),
+        }
 
-    def judge(ids: Sequence[str]) -> None:
+    def put(self, ids: Sequence[str]) -> None:
+        """The backend shows another process in the same place."""
         for id in ids:
-            view.judge(id, HealthState.UNHEALTHY, NOW)
-        for id in ids:
-            view.judge(id, HealthState.HEALTHY, NOW)
+            before = self.view.members[id].instance
+            self.view.put(self.later[id])
+            self.later[id] = before
 
-    def report(ids: Sequence[str]) -> None:
+    def judge(self, ids: Sequence[str]) -> None:
+        """Each falls sick, and each is healthy again."""
+        for state in (HealthState.UNHEALTHY, HealthState.HEALTHY):
+            for id in ids:
+                self.view.judge(id, state, NOW)
+
+    def report(self, ids: Sequence[str]) -> None:
+        """Each becomes busy or idle."""
         for number, id in enumerate(ids):
-            view.report(id, AgentStatus(in_flight=number % 2, queue_length=number))
+            self.view.report(id, AgentStatus(in_flight=number % 2, queue_length=number))
 
-    def decide_recovery(ids: Sequence[str]) -> None:
+    def decide_recovery(self, ids: Sequence[str]) -> None:
+        """A first failure."""
         case = Case(Ailment.SICK, NOW)
         for _ in ids:
             recovery.decide(RECOVERY, case, RecoveryMemory(), NOW)
 
-    def decide_rollout(ids: Sequence[str]) -> None:
-        observed = RolloutObserved(size, half, half)
+    def decide_rollout(self, ids: Sequence[str]) -> None:
+        """Half-way through a rollout."""
+        observed = RolloutObserved(self.size, Counts(idle=self.size // 2), Counts(idle=self.size // 2))
         memory = begin(2, NOW)
         for _ in ids:
             rollout.decide(ROLLOUT, observed, memory, NOW)
 
-    def decide_governor(ids: Sequence[str]) -> None:
+    def decide_governor(self, ids: Sequence[str]) -> None:
+        """One request, nothing under way."""
         for id in ids:
-            asked = (Disruption(slots[id], Cause.RECOVERY, serving=False),)
-            governor.decide(RECOVERY, GovernorObserved(size, size - 1, 1, (), asked), GovernorMemory(), NOW)
+            asked = (Disruption(self.slots[id], Cause.RECOVERY, serving=False),)
+            governor.decide(RECOVERY, GovernorObserved(self.size, self.size - 1, 1, (), asked), GovernorMemory(), NOW)
 
-    def decide_governor_full(ids: Sequence[str]) -> None:
-        for id in ids[:20]:
-            asked = (Disruption(slots[id], Cause.RECOVERY, serving=False),)
-            governor.decide(RECOVERY, GovernorObserved(size, good, 1, (), asked), flying, NOW)
+    def decide_governor_full(self, ids: Sequence[str]) -> None:
+        """One request, the whole budget but one under way."""
+        good = self.size - len(self.flying.in_flight) - 1
+        for id in ids[:FEW]:
+            asked = (Disruption(self.slots[id], Cause.RECOVERY, serving=False),)
+            governor.decide(RECOVERY, GovernorObserved(self.size, good, 1, (), asked), self.flying, NOW)
 
-    def turn(ids: Sequence[str]) -> None:
+    def turn(self, ids: Sequence[str]) -> None:
+        """What a fleet computes on one event."""
         memory = GovernorMemory()
         for id in ids:
-            memory = take_turn(view, id, size, memory)
-
-    return {
-        "view.put": put,
-        "view.judge": judge,
-        "view.report": report,
-        "recovery.decide": decide_recovery,
-        "rollout.decide": decide_rollout,
-        "governor.decide": decide_governor,
-        "governor.decide, budget in flight": decide_governor_full,
-        "event: judge twice and decide all": turn,
-    }
+            memory = take_turn(self.view, id, self.size, memory)
 
 
 def time_rows(size: int) -> list[dict[str, Any]]:
     """The cost of each action on one fleet: the median of some rounds."""
-    measured = actions(size)
+    bench = Bench(size)
     rng = random.Random(size)
-    names = [make(slot).id for slot in range(size)]
-    per_round = {"view.judge": 2 * EVENTS, "governor.decide, budget in flight": 20}
-    spent: dict[str, list[float]] = {name: [] for name in measured}
-    for _ in range(ROUNDS):
-        for name, act in measured.items():
+    names = list(bench.slots)
+    rows = []
+    for name, (act, count) in bench.actions.items():
+        spent = []
+        for _ in range(ROUNDS):
             ids = rng.sample(names, EVENTS)
             gc.collect()
-            start = time.perf_counter()
+            start = time.process_time()
             act(ids)
-            spent[name].append(time.perf_counter() - start)
-    return [
-        {
-            "name": name,
-            "size": size,
-            "seconds": statistics.median(times),
-            "per_item": statistics.median(times) / per_round.get(name, EVENTS),
-            "note": "",
-        }
-        for name, times in spent.items()
-    ]
+            spent.append(time.process_time() - start)
+        seconds = statistics.median(spent)
+        rows.append({"name": name, "size": size, "seconds": seconds, "per_item": seconds / count, "note": ""})
+    return rows
 
 
 def memory_row(size: int) -> dict[str, Any]:
     """Bytes of one instance in the view: its Instance with its strings, its Member, and its share of the indexes."""
     gc.collect()
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     before = tracemalloc.get_traced_memory()[0]
     view = make_view(size)
     gc.collect()
     used = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert len(view) == size
-    row = {"name": "view memory", "size": size, "seconds": time.perf_counter() - start}
+    row = {"name": "view memory", "size": size, "seconds": time.process_time() - start}
     return {**row, "per_item": used / size, "note": "bytes an instance"}
 
 
 def storm_row(size: int) -> dict[str, Any]:
     """A whole budget asked for in one decision."""
     asked = tuple(Disruption(slot, Cause.OPERATOR, serving=True) for slot in range(RECOVERY.budget(size)))
-    start = time.perf_counter()
+    start = time.process_time()
     decision, _ = governor.decide(RECOVERY, GovernorObserved(size, size, 0, (), asked), GovernorMemory(), NOW)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert len(decision.admitted) == len(asked)
     return {
         "name": "governor.decide, all asked at once",
@@ -198,9 +205,9 @@ def slots_row(size: int) -> dict[str, Any]:
     view = make_view(size)
     for id in list(view.members):
         view.remove(id)
-    start = time.perf_counter()
+    start = time.process_time()
     view.next_slots(size)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return {"name": "view.next_slots, all", "size": size, "seconds": seconds, "per_item": seconds / size, "note": ""}
 
 
@@ -217,6 +224,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Print the table."""
     print(f"{'what':36} {'size':>8} {'one item':>14}  note")
     for row in sorted(run(), key=lambda row: row["name"]):
         one = f"{row['per_item']:.0f} bytes" if "bytes" in row["note"] else f"{row['per_item'] * 1e6:.2f} us"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import anyio
@@ -18,10 +19,14 @@ from anyio.abc import TaskGroup
 from agentfleet.clock import Clock
 from agentfleet.configstore import ConfigStore
 from agentfleet.desk import Record
-from agentfleet.errors import DeadlineExceeded
+from agentfleet.errors import ConfigError, DeadlineExceeded
 from agentfleet.instances import Instance
 from agentfleet.signals.http import HttpClient, HttpError
+from agentfleet.stores.config import ConfigRevision
+from agentfleet.stores.journal import Journal
 
+STATE = "state.config"
+"""Kind of the event that remembers the newest revision."""
 PUSH_TIMEOUT = 5.0
 """Seconds that an agent may take to acknowledge."""
 RETRY = (0.2, 5.0)
@@ -74,28 +79,40 @@ class ConfigFeed:
         """Instances that refused the newest revision, and why."""
         self._moved = anyio.Event()
 
-    def restore(self, data: dict[str, Any]) -> None:
-        """Take up what an earlier manager delivered last (the data of "state.config")."""
-        self.revision = int(data["revision"])
-        self._body = _body(self.revision, data["document"])
+    def restore(self, revision: ConfigRevision) -> None:
+        """Take up what an earlier manager delivered last (see `remembered`)."""
+        self.revision = revision.revision
+        self._body = _body(revision)
 
     async def run(self) -> None:
         """Follow the store until cancelled."""
         self._limiter = anyio.CapacityLimiter(self._concurrency)
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
-            for id in tuple(self._targets):
-                self._begin(id)
-            async for revision in self._store.watch(self._key, after=self.revision):
-                self._publish(revision.revision, revision.document)
+            try:
+                for id in tuple(self._targets):
+                    self._begin(id)
+                while True:
+                    await self._follow()
+            finally:
+                self._tasks = None  # while the others end, instances may still come and go
 
-    def _publish(self, revision: int, document: Any) -> None:
-        self.revision = revision
-        self._body = _body(revision, document)
+    async def _follow(self) -> None:
+        """Follow the store until it fails; agents keep what they have, and it is tried again."""
+        try:
+            async for revision in self._store.watch(self._key, after=self.revision):
+                self._publish(revision)
+        except (ConfigError, DeadlineExceeded) as error:
+            self._record("config.unavailable", data={"error": str(error)})
+            await self._clock.sleep(RETRY[1])
+
+    def _publish(self, revision: ConfigRevision) -> None:
+        self.revision = revision.revision
+        self._body = _body(revision)
         self._published_at = self._clock.now()
         self._latencies.clear()
         self.refused.clear()
-        self._record("state.config", data={"revision": revision, "document": document})
+        self._record(STATE, data=asdict(revision))
         for id in tuple(self._targets):
             self._begin(id)
         self._check_done()
@@ -186,8 +203,14 @@ class ConfigFeed:
         self._published_at = 0.0
 
 
-def _body(revision: int, document: Any) -> bytes:
-    return json.dumps({"revision": revision, "document": document}, separators=(",", ":")).encode()
+def remembered(journal: Journal, fleet: str) -> ConfigRevision | None:
+    """The configuration that an earlier manager delivered last."""
+    found = journal.last_state(fleet, STATE)
+    return None if found is None else ConfigRevision(**found.data)
+
+
+def _body(revision: ConfigRevision) -> bytes:
+    return f'{{"revision":{revision.revision},"document":{revision.text}}}'.encode()
 
 
 def _has(body: bytes, revision: int) -> bool:

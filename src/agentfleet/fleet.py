@@ -31,6 +31,7 @@ from agentfleet.display import Report, table
 from agentfleet.endpoints import Endpoints
 from agentfleet.errors import OperationRefused, RolloutFailed, SpecError
 from agentfleet.events import Event
+from agentfleet.feed import remembered
 from agentfleet.health import HealthMonitor
 from agentfleet.instances import Instance
 from agentfleet.runtime import Runtime
@@ -39,6 +40,7 @@ from agentfleet.signals.probes import Prober
 from agentfleet.sizing import Intent
 from agentfleet.specs import AgentTemplate, FleetSpec
 from agentfleet.state import FleetState, Revision, first_state
+from agentfleet.stores.config_memory import MemoryConfig
 from agentfleet.stores.journal import Journal
 from agentfleet.stores.memory_journal import MemoryJournal
 from agentfleet.view import FleetView
@@ -77,7 +79,11 @@ class Fleet:
         self.name = spec.name
         self.clock: Clock = clock or SystemClock()
         self.journal: Journal = journal if journal is not None else MemoryJournal()
-        self.config = config if config is not None else ConfigStore(journal=self.journal, clock=self.clock)
+        if config is None:  # what the journal remembers is there again
+            known = remembered(self.journal, self.name)
+            records = MemoryConfig(revisions=() if known is None else (known,))
+            config = ConfigStore(records, journal=self.journal, clock=self.clock)
+        self.config = config
         self._runtime = Runtime(
             spec,
             backend=backend,

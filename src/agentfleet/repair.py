@@ -69,7 +69,7 @@ class Repair:
         instance = member.instance
         ailment = _ailment(member)
         if ailment in (Ailment.NONE, Ailment.UNPROVEN):
-            return Case(ailment, now)
+            return Case(ailment, instance.created_at)
         counts, state = desk.view.counts(instance.revision), desk.wanted
         return Case(
             ailment,
@@ -116,17 +116,21 @@ class Repair:
         grace = min(desk.spec.recovery.grace, desk.drain_of(instance))
         remedies: dict[Remedy, Callable[[], None]] = {
             Remedy.RESTART: lambda: desk.restart(member, grace),
-            Remedy.REPLACE: lambda: desk.end(member, grace),
+            Remedy.REPLACE: lambda: self._replace(member, grace),
             Remedy.ELSEWHERE: lambda: self._elsewhere(member, grace),
             Remedy.ROLL_BACK: lambda: self._roll_back(wish.reasons, now),
             Remedy.ASK: lambda: None,  # the event is the call for help
         }
         remedies[wish.remedy]()
 
+    def _replace(self, member: Member, grace: float) -> None:
+        self._sizing.vacate(member.instance.slot)
+        self._desk.end(member, grace)
+
     def _elsewhere(self, member: Member, grace: float) -> None:
         if member.instance.node is not None:
             self._sizing.avoid(member.instance.slot, member.instance.node)
-        self._desk.end(member, grace)
+        self._replace(member, grace)
 
     def _roll_back(self, reasons: tuple[Reason, ...], now: float) -> None:
         fallback = self._desk.wanted.fallback

@@ -33,7 +33,7 @@ from agentfleet.desk import Desk
 from agentfleet.endpoints import Endpoints
 from agentfleet.errors import BackendError, BackendUnavailable, DeadlineExceeded
 from agentfleet.events import Event
-from agentfleet.feed import ConfigFeed
+from agentfleet.feed import ConfigFeed, remembered
 from agentfleet.health import HealthMonitor
 from agentfleet.instances import AgentStatus, Instance, Phase
 from agentfleet.observer import Observer
@@ -144,11 +144,13 @@ class Runtime:
         state = self.journal.last_state(self.name, "state.fleet")
         if state is None:
             return
-        self.desk.rng.seed(f"{self.desk.rng.random()}/{self.first_seq}")  # the same seed must not give the same ids again
+        self.desk.rng.seed(
+            f"{self.desk.rng.random()}/{self.first_seq}"
+        )  # the same seed must not give the same ids again
         self.turn.restore(FleetState.from_dict(dict(state.data)).taken_over(self.clock.now()))
-        config = self.journal.last_state(self.name, "state.config")
+        config = remembered(self.journal, self.name)
         if config is not None:
-            self.feed.restore(dict(config.data))
+            self.feed.restore(config)
         self.record("manager.started", data={"revision": state.data["target"], "replicas": state.data["replicas"]})
 
     async def _first_picture(self) -> None:
@@ -161,10 +163,13 @@ class Runtime:
         if self.desk.state is None:
             return
         slots = {member.instance.slot for member in self.desk.view.members.values()}
-        for slot in sorted(slots.union(range(self.desk.state.desired))):  # an empty place has its history, too
+        # an empty place has its history, too; the surge of a rollout may have put it beyond the wanted size
+        for slot in sorted(slots.union(range(2 * self.desk.state.desired))):
             found = self.journal.last_state(self.name, f"state.recovery.{slot}")
-            if found is not None:
-                self.recovery.restore(slot, RecoveryMemory.from_dict(dict(found.data)))
+            memory = RecoveryMemory() if found is None else RecoveryMemory.from_dict(dict(found.data))
+            if memory != RecoveryMemory():
+                self.recovery.restore(slot, memory)
+                self.turn.sizing.vacate(slot)
 
     # ------------------------------------------------------------------------------------------ the loops
 

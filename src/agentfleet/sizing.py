@@ -40,6 +40,7 @@ class Sizing:
         self._failures = {"create": 0, "stop": 0}
         self._retry_at = {"create": 0.0, "stop": 0.0}
         self._avoid: dict[int, str] = {}
+        self._vacated: dict[int, None] = {}
 
     # ------------------------------------------------------------------------------------------ what comes in
 
@@ -50,6 +51,10 @@ class Sizing:
     def avoid(self, slot: int, node: str) -> None:
         """Whoever fills this slot next should not run on `node`."""
         self._avoid[slot] = node
+
+    def vacate(self, slot: int) -> None:
+        """The instance in this slot is being replaced: the next one fills the same slot and inherits its history."""
+        self._vacated[slot] = None
 
     def accepted(self, action: str) -> None:
         """The backend accepted a creation or a stop."""
@@ -173,7 +178,14 @@ class Sizing:
             number = max(self._old(), key=lambda each: view.counts(each).total)
         if state.revision(number) is None:
             return  # its template is not kept any more: the rollout will bring these places to the target
-        for slot in view.next_slots(count):
+        # places that were disrupted come first: a disruption is over, and a history goes on, when the slot is filled
+        disrupted = [item.slot for item in state.governor.in_flight]
+        vacant = (slot for slot in dict.fromkeys((*disrupted, *self._vacated)) if view.holder(slot) is None)
+        first = list(islice(vacant, count))
+        for slot in first:
+            self._vacated.pop(slot, None)
+            self._create_one(slot, number, now)
+        for slot in view.next_slots(count - len(first)):
             self._create_one(slot, number, now)
 
     def _create_one(self, slot: int, number: int, now: float) -> None:

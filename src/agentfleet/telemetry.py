@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agentfleet.errors import JournalError
 from agentfleet.events import Event
-from agentfleet.stores.journal import Journal
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -71,6 +70,26 @@ _VERDICTS = {
     "instance.lost": "dead",
 }
 _ROLLOUTS = {"rollout.completed": "complete", "rollout.failed": "failed", "rollout.rolled_back": "rolled_back"}
+
+
+class Journal(Protocol):
+    """The journal's port as `observing` needs it; spelled out because one port does not import another."""
+
+    def append(self, event: Event) -> Event:
+        """See `stores.journal.Journal`."""
+        ...
+
+    def read(self, *, fleet: str | None = None, after: int = 0) -> Sequence[Event]:
+        """See `stores.journal.Journal`."""
+        ...
+
+    def last_state(self, fleet: str, kind: str) -> Event | None:
+        """See `stores.journal.Journal`."""
+        ...
+
+    def follow(self, *, fleet: str | None = None, after: int = 0) -> AsyncIterator[Event]:
+        """See `stores.journal.Journal`."""
+        ...
 
 
 class Telemetry:

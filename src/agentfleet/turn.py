@@ -120,11 +120,14 @@ class Turn:
     def _govern(self, proposals: Mapping[int, Proposal], now: float) -> GovernorDecision:
         desk = self._desk
         state, counts = desk.wanted, desk.view.total_counts()
+        restored = [*self._proved]
+        if counts.total >= state.desired:  # nobody will fill an empty place any more
+            restored += [item.slot for item in state.governor.in_flight if desk.view.holder(item.slot) is None]
         observed = GovernorObserved(
             desired=state.desired,
             good=counts.good,
             sick=counts.sick + counts.dead,
-            restored=tuple(self._proved),
+            restored=tuple(restored),
             asked=tuple(each.disruption for each in proposals.values()),
         )
         self._proved.clear()

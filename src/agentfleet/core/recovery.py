@@ -50,7 +50,7 @@ class Case:
 
     ailment: Ailment
     since: float
-    """When the ailment began, in seconds."""
+    """When the ailment began, in seconds; while unproven, when the instance was created."""
     other_nodes: bool = False
     """Whether there is another node to go to."""
     revision_sick: float = 0.0
@@ -156,7 +156,8 @@ def _while_unproven(
     """
     if memory.acted_at is None or memory.healed:
         return RecoveryDecision(None, (), None), memory
-    until = memory.acted_at + max(policy.settle, _wait(policy, memory))
+    began = max(memory.acted_at, case.since)  # a replacement may have come long after the attempt
+    until = began + max(policy.settle, _wait(policy, memory))
     if now < until:
         reason = Reason("recovery.settling", "waiting for the last attempt to show", {"left_s": until - now})
         return RecoveryDecision(None, (reason,), until), memory

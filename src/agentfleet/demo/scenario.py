@@ -34,6 +34,7 @@ class Scenario:
         began = [event.at for event in past if event.kind == "demo.day"]
         self._day_began = began[0] if began else None
         self._submitted = sum(event.kind == "task.submitted" for event in past)
+        self._spiking = any(event.kind == "demo.spike" for event in past)
         self._over = anyio.Event()
 
     async def play(self) -> None:
@@ -70,14 +71,13 @@ class Scenario:
             self._day_began = clock.now()
             self._note("demo.day", length=self._day.length)
         due, at = 0.0, 0.0
-        spiking = False
         while at < self._day.length:
             now = clock.now() - self._day_began
             while at < now:
                 due += self._day.rate(at) * TICK
                 at += TICK
-            if not spiking and now >= self._day.spike_at:
-                spiking = True
+            if not self._spiking and now >= self._day.spike_at:
+                self._spiking = True
                 self._note("demo.spike", instances=self._day.instances_at_spike)
             while self._submitted < math.floor(due):
                 self._submitted += 1

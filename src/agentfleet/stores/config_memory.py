@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from agentfleet.errors import ConfigConflict, SpecError
 from agentfleet.stores.config import ConfigRevision
@@ -15,6 +15,7 @@ class MemoryConfig:
 
     Args:
         keep: Revisions kept of each key, from 1.
+        revisions: What is kept from the start, such as what a journal remembers; per key in rising order.
 
     Raises:
         SpecError: `keep` is less than 1.
@@ -22,12 +23,14 @@ class MemoryConfig:
 
     __slots__ = ("_bells", "_keep", "_kept")
 
-    def __init__(self, *, keep: int = 1000) -> None:
+    def __init__(self, *, keep: int = 1000, revisions: Iterable[ConfigRevision] = ()) -> None:
         if keep < 1:
             raise SpecError(f"keep: must be at least 1 revision; got {keep}")
         self._keep = keep
         self._kept: dict[str, list[ConfigRevision]] = {}
         self._bells: dict[str, Bell] = {}
+        for revision in revisions:
+            self._kept.setdefault(revision.key, []).append(revision)
 
     async def append(self, revision: ConfigRevision, *, expect: int) -> None:
         """Keep a revision if `expect` is the newest; raises `ConfigConflict` otherwise."""
