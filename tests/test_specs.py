@@ -210,6 +210,7 @@ def test_the_schema_is_valid_and_refuses_unknown_keys(model: type[Spec]) -> None
 @pytest.mark.parametrize(
     "text",
     [
+        "!!omap 3",
         "!!int ''", "!!bool x", "!!timestamp x", "!!float x", "!!set [1]", "!!python/object:os.system x", "[[",
         "? [a]\n: b", "a: *b", "%X", "\x00", "[" * 1500, "{a: 2024-99-99}", "0b", "&a [*a]", "a: &a {b: *a}", "\ud800",
         "9" * 5000, "", "- 1", "name: [", "name: a\n---\nname: b", "{? {a: b} : c}", "name: 2024-01-01", "!!binary '%'",

@@ -13,7 +13,7 @@ single writer: every change of the wanted state goes through one of the methods 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -43,6 +43,7 @@ from agentfleet.state import FleetState, Revision, first_state
 from agentfleet.stores.config_memory import MemoryConfig
 from agentfleet.stores.journal import Journal
 from agentfleet.stores.memory_journal import MemoryJournal
+from agentfleet.telemetry import Telemetry
 from agentfleet.view import FleetView
 
 
@@ -58,6 +59,7 @@ class Fleet:
         metrics: Sources for metric targets by name, in place of or beside the built-in "cpu", "memory" and "queue".
         config: Where the agents' configuration is published, under the fleet's name; a store of its own when omitted.
         prober: How instances are probed; by default as the backend says, else over the network.
+        telemetry: Prometheus metrics of what happens; one of its own when omitted. Several fleets may share one.
         usage_period: Seconds between measurements of what instances use.
         seed: Makes instance ids and jitter reproducible.
     """
@@ -72,13 +74,15 @@ class Fleet:
         metrics: Mapping[str, MetricSource] | None = None,
         config: ConfigStore | None = None,
         prober: Prober | None = None,
+        telemetry: Telemetry | None = None,
         usage_period: float = 5.0,
         seed: int | None = None,
     ) -> None:
         self.spec = spec
         self.name = spec.name
         self.clock: Clock = clock or SystemClock()
-        self.journal: Journal = journal if journal is not None else MemoryJournal()
+        self.telemetry = telemetry if telemetry is not None else Telemetry()
+        self.journal: Journal = self.telemetry.observing(journal if journal is not None else MemoryJournal())
         if config is None:  # what the journal remembers is there again
             known = remembered(self.journal, self.name)
             records = MemoryConfig(revisions=() if known is None else (known,))
@@ -93,6 +97,7 @@ class Fleet:
             target=self,
             metrics=metrics or {},
             prober=prober,
+            telemetry=self.telemetry,
             usage_period=usage_period,
             seed=seed,
         )
@@ -160,9 +165,7 @@ class Fleet:
         self._set(state, "rollout.started", revision=state.target, version=template.version, cause="upgrade")
         if wait:
             await self._rolled_out(state.target, timeout)
-        found = state.revision(state.target)
-        assert found is not None
-        return found
+        return self._revision(state.target)
 
     async def rollback(self, to: int | None = None, *, wait: bool = True, timeout: float | None = None) -> Revision:
         """Return to a kept revision: the last good one, or any that is named.
@@ -182,9 +185,7 @@ class Fleet:
         self._set(state, "rollout.started", revision=target, cause="rollback", replaces=before)
         if wait:
             await self._rolled_out(target, timeout)
-        found = state.revision(target)
-        assert found is not None
-        return found
+        return self._revision(target)
 
     async def scale(self, replicas: int, reasons: Sequence[Reason] | None = None) -> None:
         """Ask for another size; returns at once.
@@ -353,18 +354,17 @@ class Fleet:
             "version": state.template.version if state else None,
             "rolling": bool(state and state.rolling),
             "frozen": self._runtime.turn.frozen,
+            "tasks_completed": self.view.completed,
+            "tasks_failed": self.view.failed,
         }
 
     def revisions(self) -> tuple[Revision, ...]:
         """Kept revisions, oldest first."""
         return self.state.revisions if self.state is not None else ()
 
-    async def events(self, *, after: int | None = None) -> AsyncIterator[Event]:
+    def events(self, *, after: int | None = None) -> AsyncIterator[Event]:
         """What happens, from the opening of this fleet on (or after a journal position), without end."""
-        start = self._runtime.first_seq if after is None else after
-        async with aclosing(self.journal.follow(fleet=self.name, after=start)) as seen:  # type: ignore[type-var]
-            async for event in seen:
-                yield event
+        return self.journal.follow(fleet=self.name, after=self._runtime.first_seq if after is None else after)
 
     async def logs(self, id: str, *, lines: int = 100) -> Sequence[str]:
         """The last lines an instance wrote."""
@@ -383,6 +383,9 @@ class Fleet:
                 member.instance.restarts,
                 None if member.instance.started_at is None else round(now - member.instance.started_at),
                 member.in_flight,
+                member.completed,
+                member.failed,
+                None if member.latency is None else round(member.latency * 1000, 1),
                 member.cpu,
                 None if member.memory is None else round(member.memory / 2**20, 1),
             )
@@ -390,7 +393,21 @@ class Fleet:
         ]
         status = self.status()
         title = f"fleet {self.name}: {status['good']} of {status['desired']} healthy, version {status['version']}"
-        columns = ("instance", "version", "is", "health", "node", "restarts", "age s", "busy", "cpu", "MiB")
+        columns = (
+            "instance",
+            "version",
+            "is",
+            "health",
+            "node",
+            "restarts",
+            "age s",
+            "busy",
+            "done",
+            "failed",
+            "ms",
+            "cpu",
+            "MiB",
+        )
         return table(title, columns, sorted(rows, key=lambda row: str(row[0])))
 
     def _repr_html_(self) -> str:
@@ -432,6 +449,12 @@ class Fleet:
             why = self._why(number)
             runs = f"the fleet runs revision {state.target} ({state.template.version})"
             raise RolloutFailed(f"revision {number} could not be rolled out: {why}; {runs}")
+
+    def _revision(self, number: int) -> Revision:
+        """A revision as it is kept now."""
+        found = self._deployed().revision(number)
+        assert found is not None
+        return found
 
     def _why(self, number: int) -> str:
         for event in reversed(self.journal.read(fleet=self.name, after=self._runtime.first_seq)):

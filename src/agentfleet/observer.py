@@ -134,9 +134,15 @@ class Observer:
             reasons = tuple(verdict.reasons)
             self._record("instance.unhealthy", instance.id, data, reasons)
 
-    def reported(self, id: str, status: AgentStatus) -> None:
-        """Take in what an agent says of itself."""
-        self._view.report(id, status)
+    def probed(self, id: str, status: AgentStatus | None, latency: float, *, ok: bool) -> None:
+        """Take in a probe's answer: how long it took, and what the agent says of itself if it was asked."""
+        member = self._view.members.get(id)
+        if member is None:
+            return
+        if ok:
+            member.latency = latency
+        if status is not None:
+            self._view.report(id, status)
 
     def _tell(self, member: Member, before: Condition | None) -> None:
         if member.condition is not before:

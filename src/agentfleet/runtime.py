@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
@@ -44,8 +45,9 @@ from agentfleet.signals.probes import Prober
 from agentfleet.specs import FleetSpec
 from agentfleet.state import FleetState
 from agentfleet.stores.journal import Journal
+from agentfleet.telemetry import Telemetry
 from agentfleet.turn import Turn
-from agentfleet.view import SERVING, FleetView
+from agentfleet.view import EXPENDABLE, SERVING, FleetView
 
 SYNC_DEADLINE = 60.0
 """Seconds for the backend's first whole picture."""
@@ -65,12 +67,14 @@ class Runtime:
         target: ScaleTarget,
         metrics: Mapping[str, MetricSource],
         prober: Prober | None,
+        telemetry: Telemetry,
         usage_period: float,
         seed: int | None,
     ) -> None:
         self.name = spec.name
         self.backend = backend
         self.journal = journal
+        self.telemetry = telemetry
         self.clock = clock
         self.http = HttpClient()
         self.first_seq = 0
@@ -186,10 +190,21 @@ class Runtime:
     async def _turns(self) -> None:
         while True:
             self._wake = anyio.Event()
+            began = time.perf_counter()
             due = self.turn.take(self.clock.now())
+            self._measure_turn(time.perf_counter() - began)
             self._beat()
             with anyio.move_on_after(None if due is None else max(0.0, due - self.clock.now())):
                 await self._wake.wait()
+
+    def _measure_turn(self, seconds: float) -> None:
+        """Bring the gauges up to date: where the fleet stands after this turn, and what the turn cost."""
+        state, counts, telemetry = self.desk.state, self.desk.view.total_counts(), self.telemetry
+        by_condition = {each.value: getattr(counts, each.value) for each in EXPENDABLE}
+        telemetry.set_instances(self.name, {**by_condition, "draining": self.desk.view.draining})
+        telemetry.set_desired(self.name, state.desired if state is not None else 0)
+        telemetry.set_rollout(self.name, state.rollout.phase.value if state is not None else "none")
+        telemetry.observe_turn(self.name, seconds)
 
     def wake(self) -> None:
         """Have a turn taken soon."""
@@ -268,9 +283,8 @@ class Runtime:
         self.wake()
 
     def _reported(self, id: str, status: AgentStatus | None, latency: float, ok: bool) -> None:
-        del latency, ok
-        if status is not None:
-            self._observer.reported(id, status)
+        self._observer.probed(id, status, latency, ok=ok)
+        self.telemetry.observe_probe(self.name, "probe", latency, ok=ok)
 
     def _serving_changed(self, id: str) -> None:
         self.endpoints.refresh(id)
@@ -280,6 +294,7 @@ class Runtime:
 
     def _action_done(self, action: str, id: str, error: BackendError | DeadlineExceeded | None, seconds: float) -> None:
         if error is None:
+            self.telemetry.observe_action(self.name, action, seconds)
             self.turn.succeeded(action, id)
         else:
             data = {

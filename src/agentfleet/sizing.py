@@ -122,6 +122,8 @@ class Sizing:
         desk.state = replace(state, rollout=memory)
         if decision.phase is not state.rollout.phase:
             self._note_phase(decision, now)
+        if decision.phase is RolloutPhase.COMPLETE and observed.new.available >= state.desired > 0:
+            self._desk.state = self._desk.wanted.with_good_target()
         if decision.roll_back_to is not None:
             self.roll_back(decision.roll_back_to, decision.reasons, now)
             return self.step(now)
@@ -163,7 +165,6 @@ class Sizing:
             "rollback": state.rollout.is_rollback,
         }
         if decision.phase is RolloutPhase.COMPLETE:
-            self._desk.state = state.with_good_target()
             self._desk.record("rollout.completed", data=data)
         elif decision.phase is RolloutPhase.FAILED:
             self._desk.record("rollout.failed", data={**data, "failures": state.failures}, reasons=decision.reasons)

@@ -69,6 +69,11 @@ class Member:
     cpu: float | None = None
     memory: int | None = None
     config_revision: int | None = None
+    latency: float | None = None
+    """Seconds that its last successful probe took."""
+    completed: int = 0
+    """Tasks done, by its own word, since its process began."""
+    failed: int = 0
     seen: bool = True
     """False while only our own create speaks for it."""
     leaving: bool = False
@@ -130,6 +135,9 @@ class FleetView:
         self.members: dict[str, Member] = {}
         self.in_flight = 0
         self.queued = 0
+        self.completed = 0
+        """Tasks that this fleet's instances have reported as done while this view watched."""
+        self.failed = 0
         self._min_ready = min_ready
         self._on_serving = on_serving
         self._buckets: dict[int, dict[Condition, dict[str, None]]] = {}
@@ -216,6 +224,7 @@ class FleetView:
                 member.healthy_since = None  # another process: what the last one proved is void
                 member.renewing = False
                 self._set_load(member, 0, 0)
+                member.completed = member.failed = 0
             if (member.instance.revision, member.instance.slot) != (instance.revision, instance.slot):
                 self._move(member, None)  # relabelled from outside: it leaves its old places first
             member.instance = instance
@@ -275,6 +284,9 @@ class FleetView:
         if member is None:
             return
         self._set_load(member, status.in_flight, status.queue_length)
+        self.completed += max(0, status.completed - member.completed)
+        self.failed += max(0, status.failed - member.failed)
+        member.completed, member.failed = status.completed, status.failed
         member.config_revision = status.config_revision
         if member.condition in (Condition.IDLE, Condition.BUSY):
             self._sort(member)

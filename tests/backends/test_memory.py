@@ -344,6 +344,19 @@ async def test_lost_events_are_repaired_by_a_snapshot() -> None:
 
 
 @virtual
+async def test_a_repair_that_falls_into_an_outage_waits_for_its_end() -> None:
+    async with running(resync=30) as (backend, seen):
+        backend.faults.lose_events(1)
+        backend.faults.reorder_events(5, within=30)
+        backend.faults.crash("a")
+        backend.faults.crash("b")
+        backend.faults.unavailable(seconds=60)
+        began = anyio.current_time()
+        await seen.phase("a", Phase.EXITED)
+        assert anyio.current_time() - began == pytest.approx(60)
+
+
+@virtual
 async def test_doubled_events() -> None:
     async with running() as (backend, seen):
         backend.faults.double_events(1)

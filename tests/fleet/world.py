@@ -64,14 +64,21 @@ class Plan:
     counts: Counter[str] = field(default_factory=Counter)
     crashed: int = 0
 
-    def passes(self, what: str, side: str) -> None:
-        """Count one write or action; raise if it is the fatal one."""
-        if side == "before":
-            self.counts[what] += 1
-        if (what, self.counts[what], side) == (self.at, self.number, self.side):
+    def begin(self, what: str) -> int:
+        """Count one write or action that is about to happen; raise if it is the fatal one."""
+        self.counts[what] += 1
+        self._pass(what, self.counts[what], "before")
+        return self.counts[what]
+
+    def end(self, what: str, number: int) -> None:
+        """One has happened; raise if it was the fatal one."""
+        self._pass(what, number, "after")
+
+    def _pass(self, what: str, number: int, side: str) -> None:
+        if (what, number, side) == (self.at, self.number, self.side):
             self.at = "never"
             self.crashed += 1
-            raise Crash(f"{side} {what} {self.number}")
+            raise Crash(f"{side} {what} {number}")
 
 
 class Journal:
@@ -82,10 +89,10 @@ class Journal:
         self._plan, self._watchman = plan, watchman
 
     def append(self, event: Event) -> Event:
-        self._plan.passes("write", "before")
+        number = self._plan.begin("write")
         kept = self._inner.append(event)
         self._watchman.see(kept)
-        self._plan.passes("write", "after")
+        self._plan.end("write", number)
         return kept
 
     def read(self, *, fleet: str | None = None, after: int = 0) -> Sequence[Event]:
@@ -110,28 +117,28 @@ class Engine(MemoryBackend):
         self.restarted: list[str] = []
 
     async def create(self, creation: Creation) -> None:
-        self._plan.passes("action", "before")
+        number = self._plan.begin("action")
         self._watchman.creates(creation)
         try:
             await super().create(creation)
         finally:
             if creation.id in self._world.agents:
                 self.created[creation.id] = creation.slot
-        self._plan.passes("action", "after")
+        self._plan.end("action", number)
 
     async def stop(self, fleet: str, id: str, *, grace: float) -> None:
-        self._plan.passes("action", "before")
+        number = self._plan.begin("action")
         self._watchman.stops(id)
         await super().stop(fleet, id, grace=grace)
         self.stopped.add(id)
-        self._plan.passes("action", "after")
+        self._plan.end("action", number)
 
     async def restart(self, fleet: str, id: str, *, grace: float) -> None:
-        self._plan.passes("action", "before")
+        number = self._plan.begin("action")
         self._watchman.restarts(id)
         await super().restart(fleet, id, grace=grace)
         self.restarted.append(id)
-        self._plan.passes("action", "after")
+        self._plan.end("action", number)
 
 
 class Watchman:

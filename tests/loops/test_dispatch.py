@@ -199,7 +199,7 @@ async def test_a_task_goes_where_the_fewest_are_in_flight() -> None:
         assert sender.in_flight("b") == 1
         for number in range(10):
             sender.submit_nowait(f"more{number}", HOLD)
-        await until(lambda: len(world.begun) == 3 + 9)
+        await until(lambda: len(world.begun) == 9 + 1 + 5)
         assert [sender.in_flight(id) for id in "abc"] == [4, 4, 4]
         assert (sender.depth, sender.waiting) == (17, 5)
 
@@ -465,7 +465,7 @@ async def test_recovery_hands_on_what_was_with_an_instance_that_is_gone() -> Non
         await until(lambda: len(world.begun) == 2)
     world.remove("a")
     world.agents["b"] = Invented("b", 10, None)  # restarted in place: the same id, another process
-    async with dispatcher(world, journal) as second:
+    async with dispatcher(world, journal, per_instance=2) as second:
         await second.recover()
         for id in ("gone", "restarted"):
             await until(lambda task=id: task in world.agents["b"].running)  # type: ignore[misc]

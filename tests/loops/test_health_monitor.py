@@ -233,10 +233,10 @@ async def test_an_answer_from_the_life_before_is_ignored() -> None:
     async with world.monitor as monitor:
         monitor.observe(instance())
         await world.until(3)
+        due = world.prober.times()[-1] + 2.0
         world.prober.delay["a-1"] = 0.9
         world.prober.sick = {"a-1"}
-        await world.until(3 + 2)  # a period, in which it was asked once more
-        await world.until(round(world.prober.times()[-1] + 2.1, 3))
+        await world.until(due + 0.1)
         assert world.prober.under_way
         monitor.observe(instance(started_at=world.clock.now(), restarts=1))
         world.prober.delay["a-1"] = 0.0

@@ -8,12 +8,13 @@ import socket
 import time
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agentfleet.clock import SystemClock
-from agentfleet.testing import Deadlock, VirtualTimeLoop, run_virtual, virtual
+from agentfleet.testing import Deadlock, Livelock, VirtualTimeLoop, run_virtual, virtual, virtual_time
 
 both = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
@@ -94,6 +95,19 @@ def test_a_deadlock_after_some_time_is_found_too(backend: str) -> None:
             tasks.start_soon(anyio.Event().wait)
 
     with pytest.raises(Deadlock):
+        run_virtual(main, backend=backend)
+
+
+@both
+def test_running_on_the_spot_is_a_livelock_not_a_hang(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual_time, "TURNS", 1_000)
+
+    async def main() -> None:
+        await anyio.sleep(5)
+        while True:
+            await anyio.lowlevel.checkpoint()
+
+    with pytest.raises(Livelock, match="no time has passed"):
         run_virtual(main, backend=backend)
 
 

@@ -28,8 +28,8 @@ from agentfleet.dispatch.record import Past, Record
 from agentfleet.errors import OperationRefused, SpecError
 from agentfleet.stores.journal import Journal
 
-_LATE = 5.0
-"""Seconds that an abandoned flight may still bring an answer."""
+_REST_LIMIT = 30.0  # seconds that an instance which nobody reaches is left alone at most
+_LATE = 5.0  # seconds that an abandoned flight may still bring an answer
 
 
 class Dispatcher:
@@ -89,6 +89,7 @@ class Dispatcher:
         self._flights: dict[str, set[Flight]] = {}
         self._results: OrderedDict[str, Job] = OrderedDict()
         self._line: deque[anyio.Event] = deque()
+        self._looked = anyio.Event()
         self._group: TaskGroup | None = None
 
     # ------------------------------------------------------------------------------------ life
@@ -107,9 +108,8 @@ class Dispatcher:
         group, self._group = self._group, None
         assert group is not None
         group.cancel_scope.cancel()
-        cancelled = isinstance(error, anyio.get_cancelled_exc_class())
         try:
-            if cancelled:  # perhaps by the group itself, because a task of it failed
+            if isinstance(error, anyio.get_cancelled_exc_class()):  # perhaps by the group, because a task of it failed
                 return await group.__aexit__(kind, error, trace)
             await group.__aexit__(None, None, None)  # the body's own error stays as it is, not in a group
             return None
@@ -134,16 +134,12 @@ class Dispatcher:
         past, ended = self._record.replay()
         for result in ended:
             if result.id not in self._results:
-                job = Job(result.id, "null")
-                self._keep_result(job, result)
+                self._keep_result(Job(result.id, "null"), result)
         self._look()
         waiting: list[Job] = []
-        count = 0
-        for found in past.values():
+        fresh = [found for id, found in past.items() if id not in self._jobs]  # not submitted again since the start
+        for found in fresh:
             job = found.job
-            if job.id in self._jobs:
-                continue  # submitted again since the start
-            count += 1
             self._jobs[job.id] = job
             if found.instance is None:
                 waiting.append(job)
@@ -155,7 +151,7 @@ class Dispatcher:
         for job in reversed(waiting):
             self._wait_in_line(job, first=True)
         self._pump()
-        return count
+        return len(fresh)
 
     # ------------------------------------------------------------------------------------ what callers use
 
@@ -184,7 +180,7 @@ class Dispatcher:
             OperationRefused: The dispatcher is not open, or was closed before the task ended.
             JournalError: The task could not be recorded, and so was not taken.
         """
-        while self._group is not None and len(self._jobs) >= self._max_open and not self._knows(id):
+        while self._group and len(self._jobs) >= self._max_open and id not in self._jobs and id not in self._results:
             await self._wait_for_room()
         return await self.submit_nowait(id, payload).result()
 
@@ -210,26 +206,23 @@ class Dispatcher:
         try:
             await turn.wait()
         except BaseException:
-            if turn.is_set():
-                self._call_next()  # the room was ours, and we do not take it
-            else:
+            if turn in self._line:
                 self._line.remove(turn)
+            else:
+                self._call_next()  # the room was ours, and we do not take it
             raise
 
     def _call_next(self) -> None:
         if self._line:
             self._line.popleft().set()
 
-    def _knows(self, id: str) -> bool:
-        return id in self._jobs or id in self._results
-
     # ------------------------------------------------------------------------------------ instances
 
     async def _watch(self) -> None:
         while True:
-            await self._endpoints.changed()
-            self._look()
+            self._look()  # before the first wait too: the fleet may have changed since this task was created
             self._pump()
+            await self._endpoints.changed()
 
     def _look(self) -> None:
         """Take over the endpoints as they are. No await in here: nothing may change between looking and waiting."""
@@ -244,6 +237,8 @@ class Dispatcher:
                 if not self._endpoints.exists(lane.id):
                     self._lanes.forget(lane)
                     self._abandon(lane)
+        self._looked.set()
+        self._looked = anyio.Event()
 
     def _abandon(self, lane: Lane) -> None:
         """The instance is gone: hand its tasks on, but listen a little longer for answers already on their way."""
@@ -266,10 +261,7 @@ class Dispatcher:
     # ------------------------------------------------------------------------------------ tasks
 
     def _wait_in_line(self, job: Job, *, first: bool = False) -> None:
-        if first:
-            self._queue.appendleft(job)
-        else:
-            self._queue.append(job)
+        (self._queue.appendleft if first else self._queue.append)(job)
 
     def _pump(self) -> None:
         """Send what waits, while an instance has room."""
@@ -279,7 +271,7 @@ class Dispatcher:
             if lane is None and job.result is None:
                 return
             self._queue.popleft()
-            if lane is not None:  # otherwise a late answer has ended it while it waited
+            if lane is not None:  # otherwise a late answer ended it while it waited
                 self._launch(Flight(job, lane))
 
     def _launch(self, flight: Flight) -> None:
@@ -309,9 +301,10 @@ class Dispatcher:
                 end = await fly(flight, self._http, self._clock, self._timeout)
                 while end is Fate.BARRED:
                     # without its token it cannot be asked: until it serves again, or is gone and so abandoned
-                    await self._endpoints.changed()
-                    if flight.lane.serving:
+                    if flight.asked != flight.lane.door:
                         end = await fly(flight, self._http, self._clock, self._timeout)
+                    else:
+                        await self._looked.wait()
         finally:
             self._land(flight)
         self._settle(flight, end)
@@ -335,12 +328,14 @@ class Dispatcher:
             self._died(job, lane.id)
         else:
             # not a try: the task did not run, or was given back; nobody is to be asked for it after a crash
-            self._leave_alone(lane, flight.rest)
+            lane.silences = lane.silences + 1 if end is Fate.UNREACHED else 0
+            self._leave_alone(lane, min(flight.rest * 2.0 ** min(lane.silences, 10), _REST_LIMIT))
             self._hand_on(job, lane.id, end.value)
 
     def _answered(self, flight: Flight, result: Result) -> None:
         """An agent's own answer: the end, unless it is a failure and the task may try again."""
         job = flight.job
+        flight.lane.silences = 0
         if job.result is not None:
             self._record.write("task.duplicate", flight.lane.id, id=job.id, attempt=flight.attempt, ok=result.ok)
             return

@@ -36,7 +36,7 @@ class Fate(StrEnum):
 class Flight:
     """A task that is with an instance."""
 
-    __slots__ = ("abandoned", "attempt", "job", "lane", "rest", "resume", "scope")
+    __slots__ = ("abandoned", "asked", "attempt", "job", "lane", "rest", "resume", "scope")
 
     def __init__(self, job: Job, lane: Lane, *, resume: bool = False) -> None:
         self.job = job
@@ -44,9 +44,11 @@ class Flight:
         self.attempt = job.attempt
         self.resume = resume
         """Whether the instance may have the task already."""
+        self.asked: tuple[str, str | None] | None = None
+        """The door at which it was asked last."""
         self.abandoned = False
         """The instance is gone; the task has been handed on, and an answer would be a surprise."""
-        self.rest = 1.0
+        self.rest = 0.5
         """Seconds the instance asked to be left alone."""
         self.scope = anyio.CancelScope()
 
@@ -58,9 +60,9 @@ async def fly(flight: Flight, http: Requests, clock: Clock, timeout: float) -> R
     twice that one instance still works on.
     """
     headers = {"Content-Type": "application/json"}
-    if flight.lane.token is not None:
-        headers["Authorization"] = f"Bearer {flight.lane.token}"
-    address = flight.lane.address
+    flight.asked = address, token = flight.lane.door
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
     if not address:
         return Fate.BARRED  # taken up from the journal, and not seen serving since
     for broken in range(_BREAKS + 1):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 class Lane:
     """One instance, as far as sending work to it goes."""
 
-    __slots__ = ("address", "id", "load", "resting", "serving", "token")
+    __slots__ = ("address", "id", "load", "resting", "serving", "silences", "token")
 
     def __init__(self, id: str) -> None:
         self.id = id
@@ -19,7 +19,14 @@ class Lane:
         self.serving = False
         """Whether new work may go there."""
         self.resting = False
-        """Whether it lately said that it has no room."""
+        """Whether it lately said that it has no room, or could not be reached."""
+        self.silences = 0
+        """Consecutive times that it could not be reached."""
+
+    @property
+    def door(self) -> tuple[str, str | None]:
+        """Where and with which token to ask."""
+        return self.address, self.token
 
 
 class Lanes:

@@ -5,6 +5,6 @@ it needs hypothesis.
 """
 
 from agentfleet.testing.fault_plan import Fault, FaultPlan
-from agentfleet.testing.virtual_time import Deadlock, VirtualTimeLoop, run_virtual, virtual
+from agentfleet.testing.virtual_time import Deadlock, Livelock, VirtualTimeLoop, run_virtual, virtual
 
-__all__ = ["Deadlock", "Fault", "FaultPlan", "VirtualTimeLoop", "run_virtual", "virtual"]
+__all__ = ["Deadlock", "Fault", "FaultPlan", "Livelock", "VirtualTimeLoop", "run_virtual", "virtual"]

@@ -19,13 +19,23 @@ import math
 import random
 import selectors
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Any, Literal, NoReturn, TypeVar, TypeVarTuple, Unpack
+from typing import Any, NoReturn, TypeVar, TypeVarTuple, Unpack
 
 import anyio
 
-Loop = Literal["asyncio", "trio"]
 ResultT = TypeVar("ResultT")
 ArgsTs = TypeVarTuple("ArgsTs")
+
+
+TURNS = 1_000_000
+"""Turns of the event loop without any progress of time that count as a livelock."""
+
+
+class Livelock(RuntimeError):
+    """Under virtual time tasks keep running and time stands still: something asks again and again without waiting."""
+
+    def __init__(self) -> None:
+        super().__init__(f"livelock in virtual time: {TURNS} turns of the event loop, and no time has passed")
 
 
 class Deadlock(RuntimeError):
@@ -46,6 +56,7 @@ class _JumpingSelector(selectors.BaseSelector):
 
     def __init__(self) -> None:
         self.now = 0.0
+        self._turns = 0
         self.on_idle: Callable[[], NoReturn] | None = None
         self._keys: dict[object, selectors.SelectorKey] = {}
 
@@ -55,6 +66,12 @@ class _JumpingSelector(selectors.BaseSelector):
             self.on_idle()
         if timeout > 0:
             self.now += timeout
+            self._turns = 0
+            return []
+        self._turns += 1
+        if self._turns > TURNS:
+            self._turns = 0  # the loop turns on while its tasks are cancelled
+            raise Livelock
         return []
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
@@ -111,6 +128,8 @@ async def _on_trio(async_fn: Callable[[Unpack[ArgsTs]], Awaitable[ResultT]], arg
             result = await async_fn(*args)
         if not scope.cancelled_caught:
             return result
+        if watchdog.livelocked:
+            raise Livelock
         raise Deadlock(f"{watchdog.tasks} tasks of trio")
     finally:
         with contextlib.suppress(KeyError):  # trio removes an instrument that failed
@@ -124,14 +143,24 @@ def _trio_watchdog(scope: Any) -> Any:
         """Counts idle passes of the run loop: once may be `wait_all_tasks_blocked`, three in a row is a deadlock."""
 
         tasks = 0
+        livelocked = False
 
         def __init__(self) -> None:
             self._idle = 0
+            self._turns = 0
+            self._checked_at = -1.0
 
         def task_scheduled(self, task: object) -> None:  # noqa: ARG002
             self._idle = 0
 
         def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002
+            self._turns += 1
+            if self._turns > TURNS:
+                now = trio.current_time()
+                self._turns, self.livelocked = 0, now == self._checked_at
+                self._checked_at = now
+                if self.livelocked:
+                    scope.cancel()
             self._idle += 1
             if self._idle < 3:
                 return
@@ -193,6 +222,7 @@ def run_virtual(
 
     Raises:
         Deadlock: Every task waits and no timer is pending.
+        Livelock: Tasks run on and on without ever waiting for time to pass.
         ValueError: `backend` is neither of the two.
     """
     with _random_seeded(seed):

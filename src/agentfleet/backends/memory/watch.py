@@ -152,9 +152,11 @@ class Watch:
 
     async def _wait(self, now: float) -> None:
         """Until something is told, or the time has come for something to happen."""
-        due = min(self._world.next_due(self.fleet), self._relist_at, self._held_until if self._held else math.inf)
-        if self._buffer and self._world.available:
-            due = min(due, self._buffer[0][0])
+        due = self._world.next_due(self.fleet)
+        if self._world.available:  # else its return is what happens next, and that wakes the reader
+            due = min(due, self._relist_at, self._held_until if self._held else math.inf)
+            if self._buffer:
+                due = min(due, self._buffer[0][0])
         self._wake, self._waits_until = anyio.Event(), due
         try:
             with anyio.move_on_after(due - now):

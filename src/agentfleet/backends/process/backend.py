@@ -177,8 +177,10 @@ class ProcessBackend:
             keeper.stop(grace)
         with anyio.move_on_after(longest + _LEAVE_PATIENCE, shield=True):
             await house.emptied()
-        with anyio.CancelScope(shield=True):
+        with anyio.move_on_after(_LEAVE_PATIENCE, shield=True) as sweep:
             await house.sweep_all()
+        if sweep.cancelled_caught:
+            _log.error("descendants of instances are left: they do not end after SIGKILL")
         return sorted(house.keepers)
 
     # ------------------------------------------------------------------------------------------------ the contract

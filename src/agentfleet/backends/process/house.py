@@ -9,7 +9,7 @@ import anyio
 import anyio.to_thread
 
 from agentfleet.backends.base import Changed, Removed, Snapshot
-from agentfleet.backends.process import output
+from agentfleet.backends.process import output, system
 from agentfleet.backends.process.adopt import Marked, end_strays, marked
 from agentfleet.backends.process.keeper import Keeper
 from agentfleet.backends.process.ports import Ports
@@ -20,9 +20,10 @@ from agentfleet.clock import Clock
 from agentfleet.instances import Node, Usage
 
 _log = logging.getLogger("agentfleet.backends.process")
-_SPAWNS = 4  # launches at once: more only queue up behind fork and the interpreter lock
+_SPAWNS = 2  # launches at once: fork holds the interpreter lock, so more would only delay the event loop
 _FILES = 8  # threads for records, outputs and launches
 _TRIM_PERIOD, _TRIM_FLOOD = 1.0, 0.1  # seconds between looks at the outputs; the second while one is flooding
+_DYING = 0.01  # seconds between looks at what was killed and is not gone yet
 _SWEEP_DELAY = 0.5  # seconds after an end until strays are looked for: one look serves many ends
 
 
@@ -42,6 +43,7 @@ class House:
         self._watchers: dict[str, weakref.WeakSet[Watcher]] = {}
         self._removal = anyio.Event()
         self._ending = anyio.Event()
+        self._ended: set[int] = set()  # sessions whose leader ended since the last sweep
 
     # ------------------------------------------------------------------------------------------------ watching
 
@@ -87,6 +89,7 @@ class House:
     def ended(self, pid: int) -> None:
         """Note the end of a process."""
         self._meter.forget(pid)
+        self._ended.add(pid)
         self._ending.set()
 
     async def measure(self, fleet: str) -> dict[str, Usage]:
@@ -116,6 +119,7 @@ class House:
             await self._ending.wait()
             await anyio.sleep(_SWEEP_DELAY)
             self._ending = anyio.Event()
+            self._ended.clear()
             sessions = {keeper.process.pid for keeper in self.keepers.values() if keeper.process is not None}
             processes = await anyio.to_thread.run_sync(marked, self.state.marker, sessions, limiter=self.files)
             # Judged by what is known after the look, so that nothing started during it is taken for a stray.
@@ -124,9 +128,15 @@ class House:
                 _log.warning("ended %d processes that instances had left behind", count)
 
     async def sweep_all(self) -> None:
-        """End every process that carries the marker: nothing is meant to live on."""
-        processes = await anyio.to_thread.run_sync(marked, self.state.marker, limiter=self.files)
-        end_strays(processes, lambda _: False)
+        """End every process that carries the marker, and return when all are gone. The caller sets the deadline."""
+        while await anyio.to_thread.run_sync(self._end_all, limiter=self.files):
+            await anyio.sleep(_DYING)
+
+    def _end_all(self) -> bool:
+        """Whether anything of ours was still there. Blocks."""
+        strays = end_strays(marked(self.state.marker), lambda _: False)
+        # A killed process loses its environment first and its files later, so the last moments show by the session.
+        return strays > 0 or any(info.session in self._ended and info.state != "Z" for info in system.scan())
 
     def _belongs(self, one: Marked) -> bool:
         keeper = self.keepers.get(one.instance)
