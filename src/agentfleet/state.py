@@ -117,13 +117,17 @@ class FleetState:
 
     def with_good_target(self) -> FleetState:
         """Note that the target has been rolled out completely."""
-        marked = tuple(replace(each, good=True) if each.number == self.target else each for each in self.revisions)
-        return replace(self, revisions=marked)
+        return self._with_target_marked(good=True)
 
     def with_bad_target(self) -> FleetState:
         """Note that the target does not work after all, so that nothing falls back to it by itself."""
-        marked = tuple(replace(each, good=False) if each.number == self.target else each for each in self.revisions)
-        return replace(self, revisions=marked)
+        return self._with_target_marked(good=False)
+
+    def _with_target_marked(self, *, good: bool) -> FleetState:
+        if all(each.good is good for each in self.revisions if each.number == self.target):
+            return self
+        marked = (replace(each, good=good) if each.number == self.target else each for each in self.revisions)
+        return replace(self, revisions=tuple(marked))
 
     def taken_over(self, now: float) -> FleetState:
         """The state as a new manager takes it up: while nobody managed the fleet, its rollout's deadline stood still."""

@@ -143,8 +143,8 @@ async def test_without_automatic_rollback_a_failed_rollout_is_held() -> None:
 @virtual
 async def test_a_first_deployment_that_fails_says_so() -> None:
     """With nothing to fall back to the deployment fails within its deadline, and works once the cause is gone."""
-    world = prepare(World(spec(4)))
-    world.backend.behave(version="1", crash_after=0.5)
+    world = prepare(World(spec(4, rollout=RolloutPolicy(min_ready=5.0))))
+    world.backend.behave(version="1", crash_after=1.0)
     async with world.fleet() as fleet:
         with pytest.raises(RolloutFailed, match="revision 1 could not be rolled out: .* exited"):
             await fleet.deploy()
@@ -173,7 +173,7 @@ async def test_rollback_goes_to_any_kept_revision() -> None:
 @virtual
 async def test_no_progress_ends_in_a_rollback_at_the_deadline() -> None:
     """New instances that cannot be placed are waited for as long as progress_deadline says, and no longer."""
-    world = World(spec(4, rollout=RolloutPolicy(progress_deadline=120.0)))
+    world = World(spec(4, rollout=RolloutPolicy(max_unavailable=0, progress_deadline=120.0)))
     async with world.deployed() as fleet:
         for node in ("node-1", "node-2", "node-3"):
             world.faults.cordon(node)

@@ -372,7 +372,6 @@ async def test_a_trickling_peer_ends_at_the_deadline(serving: Serving) -> None:
         await stream.send(b"HTTP/1.1 200 OK\r\n\r\n")
         while True:
             await stream.send(b"x")
-            await anyio.sleep(0.001)
 
     async with serving(handler) as address:
         with pytest.raises(DeadlineExceeded):

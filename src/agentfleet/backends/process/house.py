@@ -129,7 +129,7 @@ class House:
 
     async def sweep_all(self) -> None:
         """End every process that carries the marker, and return when all are gone. The caller sets the deadline."""
-        while await anyio.to_thread.run_sync(self._end_all, limiter=self.files):
+        while await anyio.to_thread.run_sync(self._end_all, limiter=self.files):  # noqa: ASYNC110  (nothing wakes us)
             await anyio.sleep(_DYING)
 
     def _end_all(self) -> bool:
