@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from agentfleet.actuator import Actuator
 from agentfleet.core.governor import Disruption
@@ -17,7 +18,7 @@ from agentfleet.specs import FleetSpec
 from agentfleet.state import FleetState
 from agentfleet.view import FleetView, Member
 
-Record = Callable[..., None]
+Record = Callable[..., Any]
 """`record(kind, instance=None, data=None, reasons=())`: writes one event of this fleet."""
 
 

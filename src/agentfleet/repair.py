@@ -30,25 +30,26 @@ class Repair:
         self._recovery = recovery
         self._sizing = sizing
         self._sick_since: dict[int, float] = {}
+        self.proved: dict[int, None] = {}
+        """Slots that have proved themselves, for good or ill, or are left to a human, since the governor last asked."""
 
-    def changed(self, member: Member, before: Condition | None, now: float) -> bool:
-        """Take in a changed condition; True when the slot has proved itself, for good or ill."""
+    def changed(self, member: Member, before: Condition | None, now: float) -> None:
+        """Take in a changed condition."""
         slot, condition = member.instance.slot, member.condition
         self._recovery.touch(slot)
         if condition is Condition.DRAINING or self._desk.view.holder(slot) is not member:
-            return False
+            return
+        if condition in AILING or condition in GOOD:
+            self.proved[slot] = None
         if condition in AILING:
             self._sick_since.setdefault(slot, now)
             if before not in AILING:
                 self._sizing.count_failure(member.instance.revision)
-            return True
-        if condition in GOOD:
+        elif condition in GOOD:
             since = self._sick_since.pop(slot, None)
             if since is not None:
                 data = {"slot": slot, "seconds": round(now - since, 3)}
                 self._desk.record("instance.recovered", member.instance.id, data)
-            return True
-        return False
 
     def touch(self, slot: int) -> None:
         """Look at a slot again in the next turn."""
@@ -68,12 +69,12 @@ class Repair:
             return None
         instance = member.instance
         ailment = _ailment(member)
-        if ailment in (Ailment.NONE, Ailment.UNPROVEN):
-            return Case(ailment, instance.created_at)
+        if ailment is Ailment.NONE:
+            return Case(ailment, now)
         counts, state = desk.view.counts(instance.revision), desk.wanted
         return Case(
             ailment,
-            self._sick_since.get(slot, now),
+            instance.created_at if ailment is Ailment.UNPROVEN else self._sick_since.get(slot, now),
             other_nodes=self._other_nodes(instance.node),
             revision_sick=(counts.sick + counts.dead) / max(1, counts.total),
             can_roll_back=instance.revision == state.target
@@ -119,9 +120,13 @@ class Repair:
             Remedy.REPLACE: lambda: self._replace(member, grace),
             Remedy.ELSEWHERE: lambda: self._elsewhere(member, grace),
             Remedy.ROLL_BACK: lambda: self._roll_back(wish.reasons, now),
-            Remedy.ASK: lambda: None,  # the event is the call for help
+            Remedy.ASK: lambda: self._give_up(wish.slot),
         }
         remedies[wish.remedy]()
+
+    def _give_up(self, slot: int) -> None:
+        """The event is the call for help; a slot that waits for a human must not keep others from being repaired."""
+        self.proved[slot] = None
 
     def _replace(self, member: Member, grace: float) -> None:
         self._sizing.vacate(member.instance.slot)

@@ -143,19 +143,16 @@ class Runtime:
 
     def _restore(self) -> None:
         """Take up what an earlier manager left in the journal."""
-        last = self.journal.read()[-1:]
-        self.first_seq = last[0].seq if last else 0
         state = self.journal.last_state(self.name, "state.fleet")
+        data = {} if state is None else {"revision": state.data["target"], "replicas": state.data["replicas"]}
+        self.first_seq = self.record("manager.started", data=data).seq
         if state is None:
             return
-        self.desk.rng.seed(
-            f"{self.desk.rng.random()}/{self.first_seq}"
-        )  # the same seed must not give the same ids again
+        self.desk.rng.seed(f"{self.desk.rng.random()}/{self.first_seq}")  # the same seed, but never the same ids again
         self.turn.restore(FleetState.from_dict(dict(state.data)).taken_over(self.clock.now()))
         config = remembered(self.journal, self.name)
         if config is not None:
             self.feed.restore(config)
-        self.record("manager.started", data={"revision": state.data["target"], "replicas": state.data["replicas"]})
 
     async def _first_picture(self) -> None:
         """Wait for the backend's first whole picture: before it, nothing may be decided."""
@@ -313,10 +310,10 @@ class Runtime:
         instance: str | None = None,
         data: Mapping[str, Any] | None = None,
         reasons: Sequence[Reason] = (),
-    ) -> None:
+    ) -> Event:
         """Journal one event of this fleet."""
         written = tuple(reason.to_dict() for reason in reasons)
-        self.journal.append(Event(self.clock.now(), self.name, kind, instance, data or {}, written))
+        return self.journal.append(Event(self.clock.now(), self.name, kind, instance, data or {}, written))
 
     def _queue(self) -> Reading:
         return self._metrics.queue() if self.queue_depth is None else Total.of(self.queue_depth())

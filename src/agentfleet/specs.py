@@ -64,6 +64,12 @@ def _text(value: str) -> str:
     return value
 
 
+def _argument(value: str) -> str:
+    if not value or "\0" in value:
+        raise PydanticCustomError("text", "must not be empty and hold no NUL; several lines are fine")
+    return value
+
+
 def _path(value: str) -> str:
     if not value.startswith("/") or not value.isascii() or not value.isprintable() or " " in value:
         raise PydanticCustomError("path", "must be an absolute URL path such as '/health'")
@@ -72,6 +78,7 @@ def _path(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_name), Field(examples=["researchers"])]
 Text = Annotated[str, Field(max_length=4096), AfterValidator(_text)]
+Argument = Annotated[str, Field(max_length=131_072), AfterValidator(_argument)]
 UrlPath = Annotated[str, Field(max_length=1024, examples=["/health"]), AfterValidator(_path)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -171,7 +178,7 @@ def describe(error: ValidationError, title: str) -> str:
 class AgentTemplate(Spec):
     """One agent: what to run and what it needs."""
 
-    command: Annotated[Listed[Text], Field(min_length=1, max_length=256)]
+    command: Annotated[Listed[Argument], Field(min_length=1, max_length=256)]
     """Program and arguments. "{version}" and "{port}" are replaced by the instance's own."""
     version: Text = "1"
     """What `fleet.upgrade(version=...)` changes; the agent finds it in AGENTFLEET_VERSION."""

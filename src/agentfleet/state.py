@@ -130,7 +130,7 @@ class FleetState:
         return replace(self, revisions=tuple(marked))
 
     def taken_over(self, now: float) -> FleetState:
-        """The state as a new manager takes it up: while nobody managed the fleet, its rollout's deadline stood still."""
+        """The state as a new manager takes it up: while nobody managed it, its rollout's deadline stood still."""
         rollout = replace(self.rollout, progressed_at=now, best=None) if self.rolling else self.rollout
         return replace(self, rollout=rollout)
 

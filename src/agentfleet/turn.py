@@ -36,7 +36,6 @@ class Turn:
         self.sizing = Sizing(desk)
         self.repair = Repair(desk, recovery, self.sizing)
         self.frozen = False
-        self._proved: dict[int, None] = {}
         self._held: dict[object, str] = {}
         self._recorded: FleetState | None = None
 
@@ -44,8 +43,7 @@ class Turn:
 
     def changed(self, member: Member, before: Condition | None, now: float) -> None:
         """Say that a member's condition changed (from `before`, None when it is new)."""
-        if self.repair.changed(member, before, now):
-            self._proved[member.instance.slot] = None
+        self.repair.changed(member, before, now)
 
     def gone(self, member: Member) -> None:
         """Say that a member does not exist any more."""
@@ -120,7 +118,7 @@ class Turn:
     def _govern(self, proposals: Mapping[int, Proposal], now: float) -> GovernorDecision:
         desk = self._desk
         state, counts = desk.wanted, desk.view.total_counts()
-        restored = [*self._proved]
+        restored = [*self.repair.proved]
         if counts.total >= state.desired:  # nobody will fill an empty place any more
             restored += [item.slot for item in state.governor.in_flight if desk.view.holder(item.slot) is None]
         observed = GovernorObserved(
@@ -130,7 +128,7 @@ class Turn:
             restored=tuple(restored),
             asked=tuple(each.disruption for each in proposals.values()),
         )
-        self._proved.clear()
+        self.repair.proved.clear()
         decision, memory = governor.decide(desk.spec.recovery, observed, state.governor, now)
         desk.state = replace(state, governor=memory)
         if decision.frozen is not self.frozen:

@@ -71,7 +71,7 @@ async def test_a_bad_upgrade_is_taken_back(version: str) -> None:
         assert world.versions == {"1": 10}
         assert len(old & set(world.ids())) >= 7, "the old ones that still ran were kept"
         recorded = len(world.events())
-        await anyio.sleep(5000)
+        await anyio.sleep(1500)
         assert not [event for event in world.events()[recorded:] if event.kind.startswith("rollout")]
     assert len(world.events("rollout.rolled_back")) == 1
     assert len(world.events("rollout.failed")) == 1
