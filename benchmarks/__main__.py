@@ -19,9 +19,8 @@ def main(names: list[str]) -> None:
     unknown = set(names) - set(found)
     if unknown:
         sys.exit(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(found)}")
-    print(
-        f"{platform.python_implementation()} {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n"
-    )
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    print(f"{python}, {os.cpu_count()} cores, {platform.machine()}\n")
     for name in names or found:
         rows = importlib.import_module(f"benchmarks.bench_{name}").run()
         print(table(name, ("what", "size", "time", "growth", "per item", "note"), _shown(rows)), "\n", flush=True)

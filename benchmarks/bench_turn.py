@@ -1,7 +1,7 @@
-"""One whole turn of a fleet after one change, and what an instance costs in memory, at 1,000, 10,000 and 100,000 instances.
+"""One whole turn of a fleet after one change, and what an instance costs in memory, at three sizes.
 
-The turn is the real one: the observer takes in an exit, the turn decides, the governor is asked, the restart is handed to an
-actuator that only counts, and the events go to a journal in memory.
+The turn is the real one: the observer takes in an exit, the turn decides, the governor is asked, the restart is handed
+to an actuator that only counts, and the events go to a journal in memory.
 """
 
 from __future__ import annotations

@@ -30,22 +30,22 @@ async def main() -> None:
     store = ConfigStore()
     store.register("researchers", schema=Settings, validators=[no_preview])
 
-    first = await store.put("researchers", {"model": "small", "temperature": 0.2}, author="ana", reason="first")
+    first = await store.put("researchers", {"model": "small", "temperature": 0.2}, author="ops", reason="first")
     for document in ({"model": "small", "temperature": 9}, {"model": "large-preview", "temperature": 1}):
         try:
-            await store.put("researchers", document, author="ana", reason="try")
+            await store.put("researchers", document, author="ops", reason="try")
         except ConfigInvalid as error:
             print(error)
 
     trial = await store.dry_run("researchers", {"model": "large", "temperature": 0.2})
     print("would change:", ", ".join(f"{change.path} {change.before} -> {change.after}" for change in trial.changes))
-    await store.put("researchers", {"model": "large", "temperature": 0.2}, author="ana", reason="larger", expect=1)
+    await store.put("researchers", {"model": "large", "temperature": 0.2}, author="ops", reason="larger", expect=1)
     try:
-        await store.put("researchers", {"model": "tiny", "temperature": 0}, author="ben", reason="cheaper", expect=1)
+        await store.put("researchers", {"model": "tiny", "temperature": 0}, author="ci", reason="cheaper", expect=1)
     except ConfigConflict as error:
         print(error)
 
-    back = await store.rollback("researchers", first.revision, author="ben", reason="too slow")
+    back = await store.rollback("researchers", first.revision, author="ci", reason="too slow")
     print(f"revision {back.revision} restores {back.restores}: equal content: {back.digest == first.digest}")
     for revision in await store.history("researchers"):
         print(f"  {revision.revision} by {revision.author}: {revision.text} ({revision.reason})")

@@ -40,7 +40,7 @@ async def main() -> None:
             async with anyio.create_task_group() as tasks:
                 for number in range(30):
                     tasks.start_soon(send, dispatcher, number)
-            await fleet.restart(next(iter(done)) or "")
+            await fleet.restart(next(iter(fleet.endpoints())))
             async with anyio.create_task_group() as tasks:
                 for number in range(30, 60):
                     tasks.start_soon(send, dispatcher, number)

@@ -1,4 +1,4 @@
-"""Runs the fast tests on the wheel that users install, not on the source tree: what is missing in the wheel shows here."""
+"""Runs the fast tests on the wheel that users install, not on the source tree: what the wheel lacks shows here."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def check_crashes(name: str, at: str, side: str, stride: int, loop: str) -> None
             assert spent == effort, f"{where}: created, stopped, restarted {spent} instead of {effort}"
 
 
-@pytest.mark.parametrize(("at", "side"), PLACES, ids="-".join)
+@pytest.mark.parametrize(("at", "side"), PLACES, ids=" ".join)
 @pytest.mark.parametrize("name", workloads())
 def test_a_manager_may_die_at_any_write_or_action(name: str, at: str, side: str) -> None:
     """Wherever the manager dies, the next one ends where it would have, with the same creations and stops.
@@ -58,7 +58,7 @@ def test_a_manager_may_die_at_any_write_or_action(name: str, at: str, side: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "side"), PLACES, ids="-".join)
+@pytest.mark.parametrize(("at", "side"), PLACES, ids=" ".join)
 @pytest.mark.parametrize("name", workloads())
 def test_a_manager_may_die_at_every_single_write_and_action(name: str, at: str, side: str) -> None:
     """The same law at each place there is (every fifth where a bad upgrade makes hundreds of them)."""
@@ -75,7 +75,7 @@ def test_a_manager_may_die_on_trio(name: str) -> None:
 def test_managers_may_die_again_and_again(name: str) -> None:
     """Ten managers that each die within the next twenty writes leave no more behind than one."""
     wanted, effort, _ = undisturbed(name)
-    rng = random.Random(name)
+    rng = random.Random(name)  # seeded: the same deaths each time
 
     async def main() -> None:
         plan = Plan("write", rng.randint(1, 20), "after")
@@ -227,11 +227,12 @@ async def test_a_fleet_that_cannot_record_does_not_act() -> None:
     def fail(number: int) -> None:
         raise JournalError("the disk is full")
 
-    with pytest.RaisesGroup(JournalError, flatten_subgroups=True):
+    with pytest.raises(ExceptionGroup) as raised:
         async with world.fleet() as fleet:
             await fleet.scale(8)
             world.plan.begin = fail  # type: ignore[method-assign, assignment]
             await anyio.sleep(100)
+    assert raised.group_contains(JournalError, match="the disk is full")
     assert world.effort() == before
 
 
@@ -243,6 +244,7 @@ async def test_a_stopped_or_paused_fleet_stays_so() -> None:
         await fleet.upgrade("2", wait=False)
         await anyio.sleep(0.9)
         await fleet.pause()
+        await anyio.sleep(30)
     mixed = world.versions
     async with world.fleet() as fleet:
         await anyio.sleep(100)

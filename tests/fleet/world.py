@@ -196,6 +196,8 @@ class Watchman:
         elif kind == "recovery.restart":
             assert id is not None
             self._ordered["restart"].add(id)
+        elif kind == "recovery.ask":
+            self.disrupted.pop(slot, None)  # left to a human: nothing is done there any more
         elif kind == "governor.admitted":
             self._admitted(event, slot)
         elif kind in ("instance.ready", "instance.unhealthy", "instance.exited", "instance.lost"):

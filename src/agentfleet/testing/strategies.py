@@ -41,9 +41,11 @@ def names() -> st.SearchStrategy[str]:
     return st.from_regex(r"[a-z0-9]([-a-z0-9]{0,20}[a-z0-9])?", fullmatch=True)
 
 
-def texts(max_size: int = 20) -> st.SearchStrategy[str]:
-    """Printable text, not empty."""
-    return st.text(min_size=1, max_size=max_size).filter(str.isprintable)
+def texts(max_size: int = 20, *, without: str = "") -> st.SearchStrategy[str]:
+    """Printable text, not empty, without some characters."""
+    # what str.isprintable accepts: no control, format, surrogate or private characters, no space but " "
+    printable = st.characters(exclude_categories=("C", "Z"), exclude_characters=without) | st.just(" ")
+    return st.text(printable.filter(str.isprintable), min_size=1, max_size=max_size)
 
 
 def seconds(least: float = 0.0, most: float = 600.0) -> st.SearchStrategy[float]:
@@ -63,17 +65,13 @@ def templates() -> st.SearchStrategy[AgentTemplate]:
         command=st.lists(texts(), min_size=1, max_size=4).map(tuple),
         version=texts(),
         env=st.dictionaries(
-            texts(8).filter(lambda name: "=" not in name), st.text(max_size=8).filter(_no_nul), max_size=3
+            texts(8, without="="), st.text(st.characters(exclude_characters="\0"), max_size=8), max_size=3
         ),
         cpu=st.none() | st.integers(1, 8000).map(lambda milli: milli / 1000),
         memory=st.none() | st.integers(1, 64).map(lambda count: count * 2**26),
         port=st.none() | st.integers(1, 65_535),
         drain=seconds(0, 120),
     )
-
-
-def _no_nul(text: str) -> bool:
-    return "\0" not in text
 
 
 def rules() -> st.SearchStrategy[ScalingRule]:
