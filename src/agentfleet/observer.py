@@ -85,6 +85,8 @@ class Observer:
         self._watch_health(instance)
         self._note(instance, was)
         self._tell(member, before)
+        if was is not None and was.phase is not instance.phase:
+            self._turn.moved(member)  # lost or exited: worth the same, and yet another remedy helps
 
     def _note(self, instance: Instance, was: Instance | None) -> None:
         """Write down what became of the process."""
@@ -106,7 +108,7 @@ class Observer:
             return
         self._forget_health(id)
         self._record("instance.removed", id, {"slot": member.instance.slot})
-        self._turn.gone(member)
+        self._turn.moved(member)
 
     # ------------------------------------------------------------------------------------------ health and work
 

@@ -104,6 +104,10 @@ class Recovery:
         """The `count` wishes that have waited longest."""
         return list(islice(self._wishes.values(), count))
 
+    def wish(self, slot: int) -> Wish | None:
+        """What is wanted for a slot."""
+        return self._wishes.get(slot)
+
     def acted(self, slot: int, remedy: Remedy, now: float) -> RecoveryMemory:
         """Note that a remedy is being carried out; returns the slot's new memory, to be recorded."""
         self._wishes.pop(slot, None)

@@ -98,12 +98,20 @@ class Repair:
             member = self._desk.view.holder(seen.slot)
             if seen.wish and member and seen.slot not in taken and _is_harmless(member, seen.wish):
                 self.apply(seen.wish, member, now)
-        # one more than the budget, so that what is held back is recorded; the rest waits unseen
-        budget = self._desk.spec.recovery.budget(self._desk.wanted.desired)
-        for wish in self._recovery.wishes(budget + 1):
+        for wish in self._foremost_wishes():
             member = self._desk.view.holder(wish.slot)
             if member is not None and wish.slot not in taken:
                 yield Proposal(Disruption(wish.slot, Cause.RECOVERY, member.condition in SERVING), member, wish)
+
+    def _foremost_wishes(self) -> list[Wish]:
+        """Those of slots that are disrupted already, which cost nothing more, then those that have waited longest.
+
+        Of the latter one more than the budget, so that what is held back is recorded; the rest waits unseen.
+        """
+        state = self._desk.wanted
+        under_way = [self._recovery.wish(item.slot) for item in state.governor.in_flight]
+        waiting = self._recovery.wishes(self._desk.spec.recovery.budget(state.desired) + 1)
+        return list({wish.slot: wish for wish in (*under_way, *waiting) if wish is not None}.values())
 
     # ------------------------------------------------------------------------------------------ acting
 

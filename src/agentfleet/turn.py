@@ -14,7 +14,7 @@ from agentfleet.core.governor import Cause, Disruption, GovernorDecision, Govern
 from agentfleet.core.reason import Reason
 from agentfleet.core.recovery import Remedy
 from agentfleet.desk import Desk, Proposal
-from agentfleet.errors import OperationRefused
+from agentfleet.errors import BackendRefused, Conflict, OperationRefused
 from agentfleet.instances import Phase
 from agentfleet.recovery import Recovery, Wish
 from agentfleet.repair import Repair
@@ -45,8 +45,8 @@ class Turn:
         """Say that a member's condition changed (from `before`, None when it is new)."""
         self.repair.changed(member, before, now)
 
-    def gone(self, member: Member) -> None:
-        """Say that a member does not exist any more."""
+    def moved(self, member: Member) -> None:
+        """Say that a member's phase changed, or that it is gone."""
         self.repair.touch(member.instance.slot)
 
     def succeeded(self, action: str, id: str) -> None:
@@ -56,7 +56,7 @@ class Turn:
 
     def failed(self, action: str, id: str, error: Exception, now: float) -> None:
         """Say that an action failed for good."""
-        self._touch(id)
+        self._touch(id, undisturbed=isinstance(error, (BackendRefused, Conflict)))
         if action == "create":
             self.sizing.not_created(id, error, now)
             return
@@ -64,10 +64,13 @@ class Turn:
         if action == "stop":
             self.sizing.not_removed(now)
 
-    def _touch(self, id: str) -> None:
+    def _touch(self, id: str, *, undisturbed: bool = False) -> None:
+        """Look at an instance's slot again; a disruption that was refused is over."""
         member = self._desk.view.members.get(id)
         if member is not None:
             self.repair.touch(member.instance.slot)
+            if undisturbed:
+                self.repair.proved[member.instance.slot] = None
 
     # ------------------------------------------------------------------------------------------ the turn
 

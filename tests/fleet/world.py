@@ -153,6 +153,7 @@ class Watchman:
         self._ordered: dict[str, set[str]] = {"create": set(), "stop": set(), "restart": set()}
         self._sized: set[str] = set()
         self._gone: set[str] = set()
+        self._missed: set[str] = set()
 
     def take_charge(self, fleet: Fleet) -> None:
         """Watch this manager from now on; its predecessor is dead."""
@@ -190,12 +191,17 @@ class Watchman:
             assert id is not None
             self._ordered["stop"].add(id)
             self._sized.add("remove")
+            if id not in self._missed:
+                self.disrupted.pop(slot, None)  # its place is given up
         elif kind in ("recovery.replace", "recovery.elsewhere"):
             assert id is not None
             self._ordered["stop"].add(id)
         elif kind == "recovery.restart":
             assert id is not None
             self._ordered["restart"].add(id)
+        elif kind == "action.failed" and event.data["error"] in ("BackendRefused", "Conflict"):
+            member = self.fleet.view.members.get(str(id))
+            self.disrupted.pop(-1 if member is None else member.instance.slot, None)  # nothing was done
         elif kind == "recovery.ask":
             self.disrupted.pop(slot, None)  # left to a human: nothing is done there any more
         elif kind == "governor.admitted":
@@ -225,6 +231,7 @@ class Watchman:
         surplus = event.data["action"] == "remove"
         if surplus and (good > desired or not serving):
             return  # it is not missed
+        self._missed.add(member.instance.id)
         if serving:
             self._must(good - 1 >= desired - budget, f"{event.instance} taken: {good} good of {desired}, {budget}")
         self.disrupted[slot] = event.at
