@@ -43,6 +43,8 @@ def run_demo(report: Path, *, plain: bool = False) -> int:
         0 when every promise was kept, 1 otherwise.
     """
     began = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave agents behind
+        signal.signal(number, _leave)
     with tempfile.TemporaryDirectory(prefix="agentfleet-demo-") as folder:
         place = Path(folder)
         driver = _Driver(place)
@@ -67,6 +69,10 @@ def run_demo(report: Path, *, plain: bool = False) -> int:
         f"at most {figures['instances_peak']} agents; {figures['seconds']} s in all; figures in {report}"
     )
     return 1 if figures["missed"] else 0
+
+
+def _leave(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 class _Driver:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
+from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -26,21 +27,30 @@ COLORS = {
     "draining": "magenta",
 }
 BARS = "▁▂▃▄▅▆▇█"
-QUIET = frozenset({"demo.pulse", "demo.done", "governor.held", "config.published", "instance.removing"})
+QUIET = frozenset(
+    {
+        "config.published",
+        "demo.done",
+        "demo.pulse",
+        "governor.admitted",
+        "governor.held",
+        "instance.created",
+        "instance.ready",
+        "instance.removed",
+        "instance.removing",
+        "instance.started",
+        "scaling.decision",
+    }
+)
 
 
 def sentence(event: Event) -> str | None:
     """One line about an event; None when it is not worth one."""
     kind, data = event.kind, event.data
-    if (
-        kind.startswith(("state.", "task.", "instance.created", "instance.started", "instance.removed"))
-        or kind in QUIET
-    ):
-        return None
-    if kind == "instance.ready":
+    if kind in QUIET or kind.startswith(("state.", "task.")):
         return None
     why = "; ".join(str(reason.get("text", "")) for reason in event.reasons)
-    told = {
+    told: dict[str, Callable[[], str]] = {
         "demo.step": lambda: f"── {data['step']}",
         "demo.hurt": lambda: f"{event.instance} is {data['what']} (by the demo)",
         "demo.spike": lambda: f"the spike begins: it keeps {data['instances']} agents busy",
@@ -51,6 +61,10 @@ def sentence(event: Event) -> str | None:
         "instance.exited": lambda: f"{event.instance} has exited ({_exit(data.get('exit_code'))})",
         "instance.unhealthy": lambda: f"{event.instance} is unhealthy",
         "instance.recovered": lambda: f"{event.instance} is well again after {data['seconds']:.1f} s",
+        "recovery.restart": lambda: f"{event.instance} is restarted",
+        "rollout.started": lambda: f"version {data.get('version')} is rolled out",
+        "rollout.rolled_back": lambda: f"back from revision {data['from']} to {data['to']}",
+        "demo.rolled_back": lambda: "the user is told that the release has failed",
         "config.delivered": lambda: f"revision {data['revision']} reached {data['instances']} agents",
         "rollout.completed": lambda: f"version {data['version']} is on all agents after {data['seconds']:.1f} s",
     }
@@ -136,10 +150,10 @@ class Picture:
         )
         most = max(self._depths, default=0) or 1
         head.append("".join(BARS[min(7, depth * 7 // most)] for depth in self._depths), style="cyan")
-        agents = Text()
-        for id, condition in sorted(self._pulse["instances"].items()):
-            agents.append(f" {id.split('-')[1]:>2} {condition:<9}", style=COLORS.get(condition, "white"))
-        return Panel(Group(head, Text(), agents, Text(), Text("\n".join(self._said))), title="agentfleet demo")
+        slots = sorted((int(id.split("-")[1]), condition) for id, condition in self._pulse["instances"].items())
+        agents = [Text(f"■ {slot:>2} {condition}", style=COLORS.get(condition, "white")) for slot, condition in slots]
+        said = [Text(line, no_wrap=True, overflow="ellipsis") for line in self._said]
+        return Panel(Group(head, Text(), Columns(agents, width=14), Text(), *said), title="agentfleet demo")
 
 
 def best_view(*, plain: bool) -> View:
