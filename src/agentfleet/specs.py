@@ -95,6 +95,7 @@ class Spec(BaseModel):
         extra="forbid",
         allow_inf_nan=False,
         use_attribute_docstrings=True,
+        defer_build=True,
         ser_json_inf_nan="constants",
     )
 

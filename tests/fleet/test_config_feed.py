@@ -11,7 +11,7 @@ import anyio
 import pytest
 from pydantic import BaseModel
 
-from agentfleet import ConfigInvalid, ConfigStore, DeadlineExceeded, Fleet
+from agentfleet import ConfigInvalid, DeadlineExceeded, Fleet
 from agentfleet.signals.http import HttpError, Response
 from agentfleet.testing import virtual
 from tests.fleet.world import World, spec
@@ -181,10 +181,7 @@ async def test_of_many_publications_all_end_at_the_last() -> None:
     """Published faster than it can be delivered, every instance ends at the newest revision."""
     world = World(spec(6))
     agents = Agents(world)
-    store = ConfigStore(clock=world.clock)
     async with attach(world.fleet(), agents) as fleet:
-        fleet_store = fleet.config
-        assert fleet_store is not store
         await fleet.deploy()
         for number in range(30):
             await fleet.configure({"n": number}, wait=False)
