@@ -29,13 +29,16 @@ class Endpoint:
 class Endpoints(Mapping[str, Endpoint]):
     """The serving instances by id, always current; iterate it, look ids up, or wait for a change.
 
-    An instance enters when it has proved healthy (or nothing is known against it) and leaves before it is told to
-    drain, or as soon as it is found sick, so that traffic never reaches an instance that is known not to work.
+    An instance enters when it has proved healthy (or nothing is known against it) and is configured. It leaves before
+    it is told to drain, or as soon as it is found sick: traffic never reaches an instance that is known not to work.
     """
 
-    def __init__(self, view: FleetView, credential: Callable[[str], str | None]) -> None:
+    def __init__(
+        self, view: FleetView, *, credential: Callable[[str], str | None], admits: Callable[[str], bool]
+    ) -> None:
         self._view = view
         self._credential = credential
+        self._admits = admits
         self._serving: dict[str, Endpoint] = {}
         self._changed = anyio.Event()
 
@@ -60,7 +63,8 @@ class Endpoints(Mapping[str, Endpoint]):
     def refresh(self, id: str) -> None:
         """Take over one instance's present worth (called by the fleet)."""
         member = self._view.members.get(id)
-        address = member.instance.address if member is not None and member.condition in SERVING else None
+        serves = member is not None and member.condition in SERVING and self._admits(id)
+        address = member.instance.address if member is not None and serves else None
         if member is not None and address is not None:
             known = self._serving.get(id)
             if known is not None and known.address == address:

@@ -2,15 +2,15 @@
 
 The feed follows one key of a `ConfigStore`. What it delivers last is journaled as "state.config", so that a restarted
 manager still feeds new instances although its store is empty. An agent that refuses a revision keeps its last good one
-and is reported; one that cannot be reached is tried again until it is gone or has it.
+and is reported; one that cannot be reached is tried again until it is gone or has it. A new instance is given work
+only after it has been offered its configuration.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import anyio
@@ -21,7 +21,7 @@ from agentfleet.configstore import ConfigStore
 from agentfleet.desk import Record
 from agentfleet.errors import ConfigError, DeadlineExceeded
 from agentfleet.instances import Instance
-from agentfleet.signals.http import HttpClient, HttpError
+from agentfleet.signals.http import HttpError, Requests
 from agentfleet.stores.config import ConfigRevision
 from agentfleet.stores.journal import Journal
 
@@ -31,6 +31,20 @@ PUSH_TIMEOUT = 5.0
 """Seconds that an agent may take to acknowledge."""
 RETRY = (0.2, 5.0)
 """Seconds before the first repetition, and the most before any."""
+
+
+@dataclass(slots=True)
+class _Target:
+    """One instance's process, as the feed knows it."""
+
+    address: str
+    started_at: float | None
+    met: bool
+    """Whether it has answered a push, so that it may be given work."""
+    acked: int = 0
+    pushing: bool = False
+    nudge: anyio.Event = field(default_factory=anyio.Event)
+    """Set when there is reason to try again at once."""
 
 
 class ConfigFeed:
@@ -43,6 +57,7 @@ class ConfigFeed:
         clock: Times them.
         record: Writes events.
         credential: The bearer token of an instance.
+        on_met: Told when an instance has answered its first push.
         concurrency: Pushes under way at one time.
     """
 
@@ -51,10 +66,11 @@ class ConfigFeed:
         store: ConfigStore,
         key: str,
         *,
-        http: HttpClient,
+        http: Requests,
         clock: Clock,
         record: Record,
         credential: Callable[[str], str | None],
+        on_met: Callable[[str], None],
         concurrency: int = 128,
     ) -> None:
         self._store = store
@@ -63,21 +79,25 @@ class ConfigFeed:
         self._clock = clock
         self._record = record
         self._credential = credential
+        self._on_met = on_met
         self._concurrency = concurrency
         self._limiter: anyio.CapacityLimiter | None = None
         self._tasks: TaskGroup | None = None
-        self._targets: dict[str, str] = {}
-        self._pushing: set[str] = set()
-        self._published_at = 0.0
+        self._targets: dict[str, _Target] = {}
+        self._behind: set[str] = set()
+        self._published_at: float | None = None
         self._latencies: list[float] = []
+        self._moved = anyio.Event()
+        self._body = b""
         self.revision = 0
         """The newest revision that is being delivered; 0 if there is none."""
-        self._body = b""
-        self.running: dict[str, int] = {}
-        """Which revision each instance has acknowledged."""
         self.refused: dict[str, str] = {}
         """Instances that refused the newest revision, and why."""
-        self._moved = anyio.Event()
+
+    @property
+    def running(self) -> dict[str, int]:
+        """Which revision each instance has acknowledged; 0 is none."""
+        return {id: target.acked for id, target in self._targets.items()}
 
     def restore(self, revision: ConfigRevision) -> None:
         """Take up what an earlier manager delivered last (see `remembered`)."""
@@ -107,100 +127,123 @@ class ConfigFeed:
             await self._clock.sleep(RETRY[1])
 
     def _publish(self, revision: ConfigRevision) -> None:
+        if not self.revision:  # whoever served without a configuration goes on serving
+            for target in self._targets.values():
+                target.met = True
         self.revision = revision.revision
         self._body = _body(revision)
         self._published_at = self._clock.now()
         self._latencies.clear()
         self.refused.clear()
+        self._behind = set(self._targets)
         self._record(STATE, data=asdict(revision))
-        for id in tuple(self._targets):
+        for id in self._targets:
             self._begin(id)
         self._check_done()
 
-    def feed(self, instance: Instance) -> None:
-        """Deliver to this instance from now on; a restarted one is fed again."""
+    def feed(self, instance: Instance, *, adopted: bool = False) -> None:
+        """Deliver to this instance from now on; a restarted one is fed again.
+
+        Args:
+            instance: A running instance.
+            adopted: Whether it ran before this manager, whose predecessor has configured it.
+        """
         if instance.address is None:
             return
-        if self._targets.get(instance.id) != instance.address:
-            self._targets[instance.id] = instance.address
-            self.running.pop(instance.id, None)
+        target = self._targets.get(instance.id)
+        if target is None or (target.address, target.started_at) != (instance.address, instance.started_at):
+            target = _Target(instance.address, instance.started_at, met=adopted or not self.revision)
+            self._targets[instance.id] = target
+            if self.revision:
+                self._behind.add(instance.id)
+        target.nudge.set()
         self._begin(instance.id)
 
     def forget(self, id: str) -> None:
         """The instance is gone or leaving."""
-        if self._targets.pop(id, None) is not None:
-            self.running.pop(id, None)
+        target = self._targets.pop(id, None)
+        if target is not None:
+            target.nudge.set()
             self.refused.pop(id, None)
-            self._check_done()
+            self._answered(id)
 
-    @property
-    def settled(self) -> bool:
-        """Whether every instance has answered for the newest revision."""
-        return all(self.running.get(id) == self.revision or id in self.refused for id in self._targets)
+    def met(self, id: str) -> bool:
+        """Whether an instance has been offered its configuration, and may be given work."""
+        target = self._targets.get(id)
+        return not self.revision or (target is not None and target.met)
 
     async def wait_settled(self, revision: int) -> None:
         """Wait until `revision` (or a newer one) is delivered and every instance has answered."""
-        while self.revision < revision or not self.settled:
+        while self.revision < revision or self._behind:
             await self._moved.wait()
 
     # ------------------------------------------------------------------------------------------ one instance
 
     def _begin(self, id: str) -> None:
-        behind = self.running.get(id) != self.revision
-        if self.revision and behind and id not in self._pushing and self._tasks is not None:
-            self._pushing.add(id)
-            self._tasks.start_soon(self._deliver, id, name=f"configure {id}")
+        target = self._targets[id]
+        if id in self._behind and not target.pushing and self._tasks is not None:
+            target.pushing = True
+            self._tasks.start_soon(self._deliver, id, target, name=f"configure {id}")
 
-    async def _deliver(self, id: str) -> None:
-        """Push until this instance has the newest revision, refused it, or is gone."""
+    async def _deliver(self, id: str, target: _Target) -> None:
+        """Push until this process has the newest revision, refused it, or is gone."""
         assert self._limiter is not None
         pause = RETRY[0]
         try:
-            while (address := self._targets.get(id)) is not None and self.running.get(id) != self.revision:
-                revision = self.revision
+            while self._targets.get(id) is target and id in self._behind:
                 async with self._limiter:
-                    answered = await self._push(id, address, revision)
-                if answered and revision == self.revision:
-                    break
+                    answered = await self._push(id, target)
                 if not answered:
-                    await self._clock.sleep(pause)
+                    with anyio.move_on_after(pause):
+                        target.nudge = anyio.Event()
+                        await target.nudge.wait()
                     pause = min(RETRY[1], pause * 2)
         finally:
-            self._pushing.discard(id)
-        self._check_done()
+            target.pushing = False
 
-    async def _push(self, id: str, address: str, revision: int) -> bool:
+    async def _push(self, id: str, target: _Target) -> bool:
         """One attempt; False when it must be repeated."""
-        token = self._credential(id)
+        revision, token = self.revision, self._credential(id)
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
         try:
             answer = await self._http.request(
-                "PUT", address, "/config", body=self._body, headers=headers, timeout=PUSH_TIMEOUT
+                "PUT", target.address, "/config", body=self._body, headers=headers, timeout=PUSH_TIMEOUT
             )
         except (HttpError, DeadlineExceeded):
             return False  # repeated until the instance is gone; health has its own opinion of it
-        if answer.status == 200 or (answer.status == 409 and _has(answer.body, revision)):
-            self.running[id] = revision
-            if revision == self.revision and self._published_at:
+        if self._targets.get(id) is not target or revision != self.revision:
+            return True  # the answer is about something that is over; the loop looks again
+        if answer.status == 200:
+            target.acked = revision
+            if self._published_at is not None:
                 self._latencies.append(self._clock.now() - self._published_at)
-            return True
-        if 400 <= answer.status < 500 and answer.status != 429:
+        elif 400 <= answer.status < 500 and answer.status != 429:
             self.refused[id] = answer.body[:500].decode("utf-8", "replace")
             self._record("config.refused", id, {"revision": revision, "status": answer.status, "why": self.refused[id]})
-            return True
-        return False
+        else:
+            return False
+        self._answered(id)
+        if not target.met:
+            target.met = True
+            self._on_met(id)
+        return True
+
+    def _answered(self, id: str) -> None:
+        if id in self._behind:
+            self._behind.discard(id)
+            self._check_done()
 
     def _check_done(self) -> None:
         moved, self._moved = self._moved, anyio.Event()
         moved.set()
-        if not self._published_at or not self.settled:
+        if self._published_at is None or self._behind:
             return
         spans = sorted(self._latencies)
         data: dict[str, Any] = {"revision": self.revision, "instances": len(spans), "refused": len(self.refused)}
         if spans:
             data |= {"p50_s": _quantile(spans, 0.5), "p99_s": _quantile(spans, 0.99), "last_s": round(spans[-1], 4)}
         self._record("config.delivered", data=data)
-        self._published_at = 0.0
+        self._published_at = None
 
 
 def remembered(journal: Journal, fleet: str) -> ConfigRevision | None:
@@ -211,14 +254,6 @@ def remembered(journal: Journal, fleet: str) -> ConfigRevision | None:
 
 def _body(revision: ConfigRevision) -> bytes:
     return f'{{"revision":{revision.revision},"document":{revision.text}}}'.encode()
-
-
-def _has(body: bytes, revision: int) -> bool:
-    """Whether a conflict answer says that the agent runs this very revision already."""
-    try:
-        return bool(json.loads(body).get("revision") == revision)
-    except (ValueError, AttributeError):
-        return False
 
 
 def _quantile(ordered: list[float], share: float) -> float:

@@ -18,6 +18,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
+from pydantic import BaseModel
+
 from agentfleet.autoscaler import MetricSource, Size
 from agentfleet.backends.base import Backend
 from agentfleet.clock import Clock, SystemClock
@@ -29,7 +31,7 @@ from agentfleet.core.scaling import Decision
 from agentfleet.dispatch import Dispatcher
 from agentfleet.display import Report, table
 from agentfleet.endpoints import Endpoints
-from agentfleet.errors import OperationRefused, RolloutFailed, SpecError
+from agentfleet.errors import ConfigInvalid, OperationRefused, RolloutFailed, SpecError
 from agentfleet.events import Event
 from agentfleet.feed import remembered
 from agentfleet.health import HealthMonitor
@@ -275,6 +277,8 @@ class Fleet:
             DeadlineExceeded: Not everybody has answered in time; the push goes on.
         """
         self._check_open()
+        if not isinstance(document, Mapping | BaseModel):
+            raise ConfigInvalid(f"the document must be an object with named settings, not {type(document).__name__}")
         stored = await self.config.put(self.name, document, author=author, reason=reason)
         if wait:
             feed = self._runtime.feed

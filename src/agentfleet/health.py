@@ -311,7 +311,7 @@ class HealthMonitor:
         watched.planned_at = now
         for index in range(len(self._policy.checks)):
             if not watched.busy >> index & 1:
-                self._ask(watched, index, now if at_once else self._next(watched, index, now))
+                self._ask(watched, index, now if at_once else self._next(watched, index, now, now))
 
     def _ask(self, watched: _Watched, index: int, due: float) -> None:
         """Put a probe on the agenda, if the check is one that is asked for and the instance can be reached."""
@@ -320,8 +320,8 @@ class HealthMonitor:
         if watched.askable() and reachable and not isinstance(check, HeartbeatCheck):
             self._agenda.put(due, (watched, index, watched.plan))
 
-    def _next(self, watched: _Watched, index: int, now: float) -> float:
-        """When to ask again."""
+    def _next(self, watched: _Watched, index: int, asked: float, now: float) -> float:
+        """When to ask again, after a question at `asked` that is over `now`."""
         check = self._policy.checks[index]
         if isinstance(check, HeartbeatCheck):
             return math.inf
@@ -332,8 +332,10 @@ class HealthMonitor:
             return float(now + min(check.period, max(_EAGER, age / 8, self._eager / _EAGER_RATE)))
         slot = zlib.crc32(f"{watched.instance.id}/{index}".encode()) % _SLOTS
         phase = slot / _SLOTS * check.period
-        due = (math.floor((now - phase) / check.period) + 1) * check.period + phase
-        return float(due if due > now else due + check.period)
+        due = (math.floor((asked - phase) / check.period) + 1) * check.period + phase
+        if due <= asked:  # by rounding
+            due += check.period
+        return float(max(due, now))  # a question that took longer than the period costs no further slot
 
     def _due(self, due: float, job: _Job, now: float) -> None:
         watched, index, plan = job
@@ -351,10 +353,11 @@ class HealthMonitor:
     async def _probe(self, job: _Job) -> None:
         watched, index, plan = job
         checks = self._policy.checks
+        now = asked = self._clock.now()
         if plan == watched.plan:
             instance = watched.instance
             credential = self._credential(instance) if self._credential is not None else None
-            stalled = self._agenda.stalled(self._clock.now())
+            stalled = self._agenda.stalled(asked)
             probed = await self._prober.probe(instance, index, checks[index], credential)
             now = self._clock.now()
             self._probes += 1
@@ -363,7 +366,7 @@ class HealthMonitor:
                 self._take(watched, probed, self._agenda.stalled(now) - stalled, now)
         watched.busy &= ~(1 << index)
         if plan == watched.plan:
-            self._ask(watched, index, self._next(watched, index, now))
+            self._ask(watched, index, self._next(watched, index, asked, now))
         elif watched.plan >= 0 and index < len(self._policy.checks):
             self._ask(watched, index, self._clock.now())  # it has restarted meanwhile: ask the new life
 

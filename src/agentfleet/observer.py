@@ -48,6 +48,10 @@ class Observer:
         self._clock = clock
         self._watch_health = watch_health
         self._forget_health = forget_health
+        self._lacked: set[str] = set()
+        """Instances of our own making that the last snapshot did not show."""
+        self._doubted: dict[str, float] = {}
+        """When the present run of failures of an instance began."""
         self.synced = False
         """Whether a whole picture has been seen yet; before that nothing may be decided."""
 
@@ -66,14 +70,24 @@ class Observer:
         self._desk.nodes = {node.name: node for node in snapshot.nodes}
         present = {instance.id for instance in snapshot.instances}
         now = self._clock.now()
+        self._lacked.clear()
         for id, member in tuple(self._view.members.items()):
-            young = id in self._desk.actuator.busy or now - member.instance.created_at < UNSEEN_GRACE
-            young = young and not member.seen
-            if id not in present and not young:
+            if id in present:
+                continue
+            young = not member.leaving and now - member.instance.created_at < UNSEEN_GRACE
+            if not member.seen and (young or id in self._desk.actuator.busy):
+                self._lacked.add(id)
+            else:
                 self._remove(id)
         for instance in snapshot.instances:
             self._put(instance)
         self.synced = True
+
+    def stopped(self, id: str) -> None:
+        """A stop was accepted: an instance that nobody ever saw, and that the last snapshot lacked, is gone."""
+        member = self._view.members.get(id)
+        if member is not None and not member.seen and id in self._lacked:
+            self._remove(id)
 
     def _put(self, instance: Instance) -> None:
         known = self._view.members.get(instance.id)
@@ -107,6 +121,7 @@ class Observer:
         if member is None:
             return
         self._forget_health(id)
+        self._doubted.pop(id, None)
         self._record("instance.removed", id, {"slot": member.instance.slot})
         self._turn.moved(member)
 
@@ -127,14 +142,19 @@ class Observer:
 
     def _note_verdict(self, member: Member, verdict: Verdict, was: HealthState) -> None:
         instance, state = member.instance, verdict.state
+        if state is HealthState.SUSPECT:
+            self._doubted.setdefault(instance.id, self._clock.now())
+            return
+        doubted = self._doubted.pop(instance.id, None)
         data: dict[str, Any] = {"slot": instance.slot, "revision": instance.revision}
         if state is HealthState.HEALTHY and was is not HealthState.SUSPECT:
             started = instance.started_at or instance.created_at
             data["after_s"] = round(self._clock.now() - started, 3)
             self._record("instance.ready", instance.id, data)
         elif state is HealthState.UNHEALTHY:
-            reasons = tuple(verdict.reasons)
-            self._record("instance.unhealthy", instance.id, data, reasons)
+            if doubted is not None:
+                data["detection_s"] = round(self._clock.now() - doubted, 3)
+            self._record("instance.unhealthy", instance.id, data, verdict.reasons)
 
     def probed(self, id: str, status: AgentStatus | None, latency: float, *, ok: bool) -> None:
         """Take in a probe's answer: how long it took, and what the agent says of itself if it was asked."""

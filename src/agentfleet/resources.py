@@ -37,9 +37,23 @@ class FleetMetrics:
         """Bytes used, per instance."""
         return self._samples(lambda member: member.memory, self._requests()[1], cpu=False)
 
-    def queue(self) -> Total:
-        """Tasks in flight or queued at the agents themselves."""
-        return Total.of(self._view.in_flight + self._view.queued)
+    def queue(self) -> Total | MetricFailed:
+        """Tasks in flight or queued at the agents, by their own word.
+
+        An agent that has said nothing yet counts as the average of the others; when most have said nothing, nobody
+        knows, and the metric has failed rather than be zero.
+        """
+        serving = silent = 0
+        for member in self._view.serving():
+            serving += 1
+            silent += not member.reported
+        if 2 * silent > serving:
+            return MetricFailed(
+                f"{silent} of {serving} agents have not said how much they have to do; "
+                'check "/status", open a dispatcher, or give a metric source of your own'
+            )
+        known = self._view.in_flight + self._view.queued
+        return Total.of(known * serving / (serving - silent) if silent else known)
 
     def _samples(
         self, value: Callable[[Member], float | None], request: float | None, *, cpu: bool

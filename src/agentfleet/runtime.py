@@ -32,7 +32,7 @@ from agentfleet.core.recovery import RecoveryMemory
 from agentfleet.core.scaling_samples import Reading, Total
 from agentfleet.desk import Desk
 from agentfleet.endpoints import Endpoints
-from agentfleet.errors import BackendError, BackendUnavailable, DeadlineExceeded
+from agentfleet.errors import AgentFleetError, BackendError, BackendUnavailable, DeadlineExceeded
 from agentfleet.events import Event
 from agentfleet.feed import ConfigFeed, remembered
 from agentfleet.health import HealthMonitor
@@ -40,7 +40,7 @@ from agentfleet.instances import AgentStatus, Instance, Phase
 from agentfleet.observer import Observer
 from agentfleet.recovery import Recovery
 from agentfleet.resources import FleetMetrics
-from agentfleet.signals.http import HttpClient
+from agentfleet.signals.http import HttpClient, Requests
 from agentfleet.signals.probes import Prober
 from agentfleet.specs import FleetSpec
 from agentfleet.state import FleetState
@@ -94,7 +94,7 @@ class Runtime:
         self.desk = Desk(spec, view, actuator, self.record, rng)
         self.recovery = Recovery(spec.recovery)
         self.turn = Turn(self.desk, self.recovery)
-        self.endpoints = Endpoints(view, self._credential)
+        self.endpoints = Endpoints(view, credential=self._credential, admits=self._is_configured)
         self.monitor = HealthMonitor(
             spec.health,
             prober=prober or _own_prober(backend),
@@ -106,7 +106,13 @@ class Runtime:
             self.desk, self.turn, clock, watch_health=self._watch_health, forget_health=self._forget_health
         )
         self.feed = ConfigFeed(
-            config, self.name, http=self.http, clock=clock, record=self.record, credential=self._credential
+            config,
+            self.name,
+            http=_own_network(backend) or self.http,
+            clock=clock,
+            record=self.record,
+            credential=self._credential,
+            on_met=self.endpoints.refresh,
         )
         self.autoscaler: Autoscaler | None = None
         self._metrics = own = FleetMetrics(view, self._requests, lambda: self._sampled)
@@ -139,7 +145,13 @@ class Runtime:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        return await self._stack.__aexit__(kind, error, trace)
+        try:
+            return await self._stack.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as group:
+            cause = _only(group)
+            if isinstance(cause, AgentFleetError):  # one loop has ended the fleet: its error is what users can catch
+                raise cause from group
+            raise
 
     def _restore(self) -> None:
         """Take up what an earlier manager left in the journal."""
@@ -200,7 +212,7 @@ class Runtime:
         by_condition = {each.value: getattr(counts, each.value) for each in EXPENDABLE}
         telemetry.set_instances(self.name, {**by_condition, "draining": self.desk.view.draining})
         telemetry.set_desired(self.name, state.desired if state is not None else 0)
-        telemetry.set_rollout(self.name, state.rollout.phase.value if state is not None else "none")
+        telemetry.set_rollout(self.name, _rollout_word(state))
         telemetry.observe_turn(self.name, seconds)
 
     def wake(self) -> None:
@@ -248,6 +260,7 @@ class Runtime:
                 continue
             self._usage_failing = False
             now = self.clock.now()
+            self.telemetry.set_prober_lag(self.name, self.monitor.statistics().lag_p99)
             for id, each in usage.items():
                 self.desk.view.measure(id, each)
             self._sampled, last = (now, now - last), now
@@ -256,18 +269,20 @@ class Runtime:
         """The autoscaler sleeps while the fleet is stopped, paused by hand or not deployed."""
         assert self.autoscaler is not None
         while True:
+            await self.clock.sleep(self.autoscaler.policy.period)
             state = self.desk.state
             if state is not None and state.running and not state.deleted:
                 await self.autoscaler.step()
-            await self.clock.sleep(self.autoscaler.policy.period)
 
     # ------------------------------------------------------------------------------------------ what comes in
 
     def _watch_health(self, instance: Instance) -> None:
         self.monitor.observe(instance)
-        self.endpoints.refresh(instance.id)
-        if instance.phase in (Phase.DRAINING, Phase.EXITED):
+        if instance.phase is Phase.RUNNING:
+            self.feed.feed(instance, adopted=not self._observer.synced)
+        elif instance.phase in (Phase.DRAINING, Phase.EXITED):
             self.feed.forget(instance.id)
+        self.endpoints.refresh(instance.id)
 
     def _forget_health(self, id: str) -> None:
         self.monitor.forget(id)
@@ -284,15 +299,17 @@ class Runtime:
         self.telemetry.observe_probe(self.name, "probe", latency, ok=ok)
 
     def _serving_changed(self, id: str) -> None:
-        self.endpoints.refresh(id)
         member = self.desk.view.members.get(id)
         if member is not None and member.condition in SERVING:
-            self.feed.feed(member.instance)
+            self.feed.feed(member.instance)  # it answers now: no reason to wait with its configuration
+        self.endpoints.refresh(id)
 
     def _action_done(self, action: str, id: str, error: BackendError | DeadlineExceeded | None, seconds: float) -> None:
         if error is None:
             self.telemetry.observe_action(self.name, action, seconds)
             self.turn.succeeded(action, id)
+            if action == "stop":
+                self._observer.stopped(id)
         else:
             data = {
                 "action": action,
@@ -315,6 +332,9 @@ class Runtime:
         written = tuple(reason.to_dict() for reason in reasons)
         return self.journal.append(Event(self.clock.now(), self.name, kind, instance, data or {}, written))
 
+    def _is_configured(self, id: str) -> bool:
+        return self.feed.met(id)
+
     def _queue(self) -> Reading:
         return self._metrics.queue() if self.queue_depth is None else Total.of(self.queue_depth())
 
@@ -327,6 +347,16 @@ class Runtime:
         return template.cpu, template.memory
 
 
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    """The one error that a group holds, however deep; None if it holds several."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        if len(error.exceptions) != 1:
+            return None
+        error = error.exceptions[0]
+    return error
+
+
 async def _end(
     tasks: TaskGroup, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
 ) -> bool | None:
@@ -336,6 +366,21 @@ async def _end(
         return await tasks.__aexit__(kind, error, trace)
     await tasks.__aexit__(None, None, None)
     return None
+
+
+def _own_network(backend: Backend) -> Requests | None:
+    """Likewise for requests to its agents."""
+    make = getattr(backend, "network", None)
+    return make() if make is not None else None
+
+
+def _rollout_word(state: FleetState | None) -> str:
+    """Where the rollout stands, in the words of the metric."""
+    if state is None:
+        return "none"
+    if state.rolling:
+        return "paused" if state.paused else "progressing"
+    return "rolled_back" if state.rollout.is_rollback else state.rollout.phase.value
 
 
 def _own_prober(backend: Backend) -> Prober | None:

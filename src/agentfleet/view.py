@@ -71,6 +71,8 @@ class Member:
     config_revision: int | None = None
     latency: float | None = None
     """Seconds that its last successful probe took."""
+    reported: bool = False
+    """Whether its present process has said how much it has to do."""
     completed: int = 0
     """Tasks done, by its own word, since its process began."""
     failed: int = 0
@@ -225,6 +227,7 @@ class FleetView:
                 member.renewing = False
                 self._set_load(member, 0, 0)
                 member.completed = member.failed = 0
+                member.reported = False
             if (member.instance.revision, member.instance.slot) != (instance.revision, instance.slot):
                 self._move(member, None)  # relabelled from outside: it leaves its old places first
             member.instance = instance
@@ -287,6 +290,7 @@ class FleetView:
         self.completed += max(0, status.completed - member.completed)
         self.failed += max(0, status.failed - member.failed)
         member.completed, member.failed = status.completed, status.failed
+        member.reported = True
         member.config_revision = status.config_revision
         if member.condition in (Condition.IDLE, Condition.BUSY):
             self._sort(member)

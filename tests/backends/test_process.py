@@ -78,7 +78,7 @@ async def test_the_agents_environment(tmp_path: Path) -> None:
                 "AGENTFLEET_REVISION": "2",
                 "AGENTFLEET_VERSION": "2.1{port}",
                 "AGENTFLEET_TOKEN": backend.credential(FLEET, "a"),
-                "AGENTFLEET_DRAIN": "7.5",
+                "AGENTFLEET_DRAIN": "6.75",
                 "PATH": os.environ["PATH"],
             }.items()
         )

@@ -10,11 +10,11 @@ from typing import Any
 import anyio
 import pytest
 from pydantic import BaseModel
+from tests.fleet.world import World, spec
 
 from agentfleet import ConfigInvalid, DeadlineExceeded, Fleet
 from agentfleet.signals.http import HttpError, Response
 from agentfleet.testing import virtual
-from tests.fleet.world import World, spec
 
 
 class Agents:

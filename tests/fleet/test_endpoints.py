@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import anyio
+from tests.fleet.world import World, spec
 
 from agentfleet import Fleet
 from agentfleet.testing import virtual
-from tests.fleet.world import World, spec
 
 
 async def left(fleet: Fleet, id: str, within: float) -> float:

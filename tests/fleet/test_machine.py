@@ -5,6 +5,7 @@ Each example is a list of operations, drawn by hypothesis and played in virtual 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,11 +13,11 @@ import anyio
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.fleet.world import Crash, Plan, World, died, prepare, spec
 
 from agentfleet import Backoff, Fleet, OperationRefused, RecoveryPolicy, RolloutFailed, RolloutPolicy
 from agentfleet.errors import AgentFleetError
 from agentfleet.testing import run_virtual
-from tests.fleet.world import Crash, Plan, World, died, prepare, spec
 
 Op = tuple[str, int]
 NODES = ("node-1", "node-2", "node-3")
@@ -37,7 +38,7 @@ FAULTS: dict[str, Callable[[World, int], object]] = {
     "lose events": lambda world, n: world.faults.lose_events(n),
     "double events": lambda world, n: world.faults.double_events(n),
     "reorder events": lambda world, n: world.faults.reorder_events(n),
-    "gap": lambda world, n: world.faults.gap(),
+    "gap": lambda world, _n: world.faults.gap(),
     "lag": lambda world, n: world.faults.lag(0.3 * n),
     "conflict": lambda world, n: world.faults.conflict(times=n),
     "refuse": lambda world, n: world.faults.refuse(times=n),
@@ -59,16 +60,16 @@ async def restart(world: World, fleet: Fleet, number: int) -> None:
 
 
 OPERATIONS: dict[str, Callable[[World, Fleet, int], Awaitable[object]]] = {
-    "deploy": lambda world, fleet, n: fleet.deploy(wait=False),
-    "scale": lambda world, fleet, n: fleet.scale(n),
-    "upgrade": lambda world, fleet, n: fleet.upgrade(VERSIONS[n % len(VERSIONS)], wait=False),
-    "rollback": lambda world, fleet, n: fleet.rollback(wait=False),
-    "stop": lambda world, fleet, n: fleet.stop(wait=False),
-    "start": lambda world, fleet, n: fleet.start(wait=False),
-    "pause": lambda world, fleet, n: fleet.pause(),
-    "resume": lambda world, fleet, n: fleet.resume(),
+    "deploy": lambda _world, fleet, _n: fleet.deploy(wait=False),
+    "scale": lambda _world, fleet, n: fleet.scale(n),
+    "upgrade": lambda _world, fleet, n: fleet.upgrade(VERSIONS[n % len(VERSIONS)], wait=False),
+    "rollback": lambda _world, fleet, _n: fleet.rollback(wait=False),
+    "stop": lambda _world, fleet, _n: fleet.stop(wait=False),
+    "start": lambda _world, fleet, _n: fleet.start(wait=False),
+    "pause": lambda _world, fleet, _n: fleet.pause(),
+    "resume": lambda _world, fleet, _n: fleet.resume(),
     "restart": restart,
-    "wait": lambda world, fleet, n: anyio.sleep(0.1 * n * n),
+    "wait": lambda _world, _fleet, n: anyio.sleep(0.1 * n * n),
 }
 
 
@@ -98,31 +99,32 @@ async def do(world: World, fleet: Fleet, name: str, number: int) -> None:
     elif name in FAULTS:
         FAULTS[name](world, number)
     else:
-        try:
+        with contextlib.suppress(OperationRefused, RolloutFailed):  # a wrong thing to ask for just now, and said so
             await OPERATIONS[name](world, fleet, number)
-        except (OperationRefused, RolloutFailed):
-            pass  # a wrong thing to ask for just now, and said so
 
 
 async def calm(world: World, fleet: Fleet) -> None:
-    """Let every fault end, ask for the spec's version if what is asked for cannot work, and wait for the end."""
+    """Let every fault end and wait for the fleet to come to its end.
+
+    When a rollout has failed and there is nothing good to fall back to, an operator must say what to run.
+    """
     world.plan.at = "never"
     world.faults.clear()
     world.faults.quota(None)
-    if fleet.state is None:
-        await fleet.deploy(wait=False)
+    await fleet.deploy(wait=False)
     await fleet.resume()
     state = fleet.state
     assert state is not None
-    if state.template.version.startswith("bad") and state.fallback is None:
+    if state.fallback is None and (state.template.version.startswith("bad") or state.rollout.phase == "failed"):
         await fleet.upgrade("good-9", wait=False)
     try:
         await world.settled(fleet, within=QUIET, stays=120.0)
     except AssertionError:
         state = fleet.state
-        if state is None or not state.template.version.startswith("bad"):
+        world.check()
+        if state is None or (not state.template.version.startswith("bad") and state.rollout.phase != "failed"):
             raise
-        await fleet.upgrade("good-9", wait=False)  # nothing good to fall back to: an operator must say what to run
+        await fleet.upgrade("good-9", wait=False)
         await world.settled(fleet, within=QUIET, stays=120.0)
     check_rest(world, fleet)
 
@@ -164,8 +166,22 @@ def test_after_anything_on_trio_too(ops: list[Op], seed: int) -> None:
         [("wait", 12), ("partition", 1), ("wait", 4), ("partition", 2), ("die", 2), ("scale", 3), ("wait", 8)],
         [("upgrade", 3), ("quota", 5), ("wait", 9), ("stop", 1), ("start", 1), ("die", 5), ("crash", 2)],
         [("wait", 12), ("refuse", 6), ("hang for good", 2), ("wait", 12), ("node down", 1), ("scale", 9)],
+        [
+            ("lose events", 6),
+            ("double events", 3),
+            ("crash", 9),
+            ("conflict", 3),
+            ("hang for good", 11),
+            ("deploy", 2),
+            ("deploy", 1),
+            ("hang for good", 4),
+            ("node down", 6),
+            ("scale", 4),
+            ("lose events", 1),
+            ("upgrade", 5),
+        ],
     ],
-    ids=["two partitions", "quota", "refusals"],
+    ids=["two partitions", "quota", "refusals", "gone unseen"],
 )
 def test_sequences_that_once_went_wrong(ops: list[Op]) -> None:
     """Shapes that are rare in random lists."""

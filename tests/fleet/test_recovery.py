@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import anyio
 import pytest
+from tests.fleet.world import HEALTH, World, prepare, spec
 
 from agentfleet import Backoff, HealthPolicy, HttpCheck, RecoveryPolicy
 from agentfleet.testing import virtual
-from tests.fleet.world import HEALTH, World, prepare, spec
 
 
 @virtual
@@ -116,12 +118,12 @@ async def test_an_instance_that_flaps_is_acted_upon_at_most_once_a_cooldown() ->
             await anyio.sleep(20)
         await world.settled(fleet)
     times = [e.at for e in world.events("recovery.restart", "recovery.replace") if e.instance == id]
-    assert all(later - earlier >= 120 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier >= 120 for earlier, later in pairwise(times))
 
 
 @virtual
 async def test_a_storm_freezes_disruption_and_passes() -> None:
-    """When nine of ten fall sick at once for two minutes, few are touched meanwhile; the rest get well by themselves."""
+    """When nine of ten are sick for two minutes, few are touched meanwhile; the rest get well by themselves."""
     world = World()
     async with world.deployed() as fleet:
         for id in world.ids()[:9]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import anyio
 import pytest
+from tests.fleet.world import World, prepare, spec
 
 from agentfleet import DeadlineExceeded, Fleet, RecoveryPolicy, RolloutFailed, RolloutPolicy
 from agentfleet.testing import virtual
-from tests.fleet.world import World, prepare, spec
 
 READY = RolloutPolicy(min_ready=20.0)
 
@@ -111,7 +111,7 @@ async def test_a_version_that_falls_sick_after_its_rollout_is_taken_back() -> No
 
 @virtual
 async def test_two_bad_revisions_do_not_take_turns() -> None:
-    """When the version that is rolled back to does not work any more either, the fleet stays there and asks for help."""
+    """When the version that is rolled back to does not work any more either, the fleet stays there."""
     world = prepare(World(spec(4, rollout=RolloutPolicy(progress_deadline=60.0))))
     async with world.deployed() as fleet:
         world.backend.behave(version="1", crash_after=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anyio
 import pytest
+from tests.fleet.world import TEMPLATE, World, spec
 
 from agentfleet import (
     CpuTarget,
@@ -21,7 +22,6 @@ from agentfleet.core.governor import Cause
 from agentfleet.core.reason import Reason
 from agentfleet.sizing import Intent
 from agentfleet.testing import virtual
-from tests.fleet.world import TEMPLATE, World, spec
 
 DOWN = ScalingBehavior(stabilization=60.0, rules=(ScalingRule(percent=100),))
 QUEUE = ScalingPolicy(min_replicas=2, max_replicas=30, targets=(QueueTarget(length=5),), period=10.0, down=DOWN)
@@ -52,9 +52,7 @@ def burning(**fields: object) -> FleetSpec:
 
 async def sized(world: World, fleet: Fleet, size: int, within: float) -> None:
     """Wait until the fleet wants `size`, then until it has it."""
-    with anyio.fail_after(within):
-        while fleet.status()["desired"] != size:
-            await anyio.sleep(1.0)
+    await fleet._runtime.until(lambda: fleet.status()["desired"] == size, within, f"{size} are wanted")
     await world.settled(fleet)
     assert len(world.instances) == size
 
@@ -145,13 +143,13 @@ async def test_an_operator_goes_before_the_autoscaler_in_the_same_turn() -> None
         await fleet.scale(6)
         offer(Intent(Cause.SCALING, 3, why))
         await world.settled(fleet)
-        assert len(world.instances) == 6
+        assert len(world.ids()) == 6
         offer(Intent(Cause.SCALING, 3, why))
         offer(Intent(Cause.SCALING, 5, why))
         fleet._runtime.wake()
         await anyio.sleep(0.1)
         await world.settled(fleet)
-        assert len(world.instances) == 5
+        assert len(world.ids()) == 5
     assert [(event.data["to"], event.data["by"]) for event in world.events("fleet.scaled")] == [
         (6, "operator"),
         (5, "scaling"),

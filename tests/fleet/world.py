@@ -61,6 +61,8 @@ class Plan:
     """ "write" or "action"."""
     number: int = 0
     side: str = "before"
+    gaps: list[int] = field(default_factory=list)
+    """Writes or actions from each death to the next one."""
     counts: Counter[str] = field(default_factory=Counter)
     crashed: int = 0
 
@@ -76,7 +78,10 @@ class Plan:
 
     def _pass(self, what: str, number: int, side: str) -> None:
         if (what, number, side) == (self.at, self.number, self.side):
-            self.at = "never"
+            if self.gaps:
+                self.number = self.counts[what] + self.gaps.pop()
+            else:
+                self.at = "never"
             self.crashed += 1
             raise Crash(f"{side} {what} {number}")
 

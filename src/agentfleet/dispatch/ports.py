@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Protocol
 
-from agentfleet.signals.http import Response
+from agentfleet.signals.http import Requests
+
+__all__ = ["Endpoints", "Requests", "Target"]
 
 
 class Target(Protocol):
@@ -38,21 +40,4 @@ class Endpoints(Protocol):
 
     async def changed(self) -> None:
         """Wait until an instance enters, leaves, moves, or ceases to exist."""
-        ...
-
-
-class Requests(Protocol):
-    """What the dispatcher needs of an HTTP client; `agentfleet.signals.http.HttpClient` is one."""
-
-    async def request(
-        self,
-        method: str,
-        address: str,
-        path: str,
-        *,
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        timeout: float,
-    ) -> Response:
-        """Send one request; raises `DeadlineExceeded` or `HttpError`."""
         ...

@@ -12,16 +12,33 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import anyio
 
 from agentfleet.errors import DeadlineExceeded
 from agentfleet.signals.wire import Connection, HttpError, Response, connect, encode, read_response, say
 
-__all__ = ["HttpClient", "HttpError", "Response", "connect_check"]
+__all__ = ["HttpClient", "HttpError", "Requests", "Response", "connect_check"]
 
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE"})
+
+
+class Requests(Protocol):
+    """Whatever sends requests as `HttpClient` does; a simulated cluster answers them without sockets."""
+
+    async def request(
+        self,
+        method: str,
+        address: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float,
+    ) -> Response:
+        """Send one request; raises `DeadlineExceeded` or `HttpError`."""
+        ...
 
 
 class _Stale(Exception):  # internal: never leaves this module

@@ -11,6 +11,7 @@ import anyio.lowlevel
 from agentfleet.backends.base import Creation
 from agentfleet.backends.memory.agent import LOG_LINES, Agent, Behavior, Load, Machine
 from agentfleet.backends.memory.faults import Action, Faults
+from agentfleet.backends.memory.network import MemoryNetwork
 from agentfleet.backends.memory.prober import MemoryProber
 from agentfleet.backends.memory.watch import Watch
 from agentfleet.backends.memory.world import Range, World
@@ -69,6 +70,7 @@ class MemoryBackend:
         self._entered = 0
         self._loads: dict[tuple[str | None, str | None], LoadSource] = {}
         self._prober = MemoryProber(self._world, self._load_of)
+        self._network = MemoryNetwork(self._world)
         self.faults = Faults(self._world)
 
     async def __aenter__(self) -> Self:
@@ -155,6 +157,10 @@ class MemoryBackend:
         return None
 
     # -------------------------------------------------------------------------------------------- the simulation
+
+    def network(self) -> MemoryNetwork:
+        """Requests to the simulated agents; a fleet uses it in place of sockets."""
+        return self._network
 
     def prober(self) -> MemoryProber:
         """What probes these instances, in place of a network client."""
