@@ -386,7 +386,7 @@ def test_a_callback_that_does_not_return_changes_nothing() -> None:
 def test_leaving_waits_for_tasks_up_to_the_deadline() -> None:
     async def test() -> None:
         gate = Gate()
-        with pytest.raises(DeadlineExceeded, match="endless"):  # noqa: PT012  leaving raises, not a statement
+        with pytest.raises(DeadlineExceeded, match="endless"):
             async with Agent(gate, settings=Settings(port=0, linger=0, drain=0.05)) as agent:
                 sent = asyncio.create_task(task(agent, "endless"))
                 await gate.entered.wait()
@@ -399,7 +399,7 @@ def test_leaving_waits_for_tasks_up_to_the_deadline() -> None:
 def test_an_error_inside_leaves_at_once_and_passes_as_it_is() -> None:
     async def test() -> None:
         gate = Gate()
-        with pytest.raises(KeyError):  # noqa: PT012  passing through is what is tested
+        with pytest.raises(KeyError):
             async with Agent(gate, settings=Settings(port=0, drain=3600)) as agent:
                 sent = asyncio.create_task(task(agent, "endless"))
                 await gate.entered.wait()

@@ -550,7 +550,7 @@ class Failing(MemoryJournal):
 @virtual
 async def test_what_cannot_be_recorded_does_not_happen() -> None:
     world, journal = World("a"), Failing()
-    with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012  leaving raises, not a statement
+    with pytest.raises(ExceptionGroup) as caught:
         async with dispatcher(world, journal) as sender:
             sender.submit_nowait("t", HOLD)
             await until(lambda: world.begun)
@@ -565,7 +565,7 @@ async def test_what_cannot_be_recorded_does_not_happen() -> None:
 
 @virtual
 async def test_the_bodys_own_error_passes_as_it_is() -> None:
-    with pytest.raises(KeyError):  # noqa: PT012  leaving raises, not a statement
+    with pytest.raises(KeyError):
         async with dispatcher(World()) as sender:
             sender.submit_nowait("t", None)
             raise KeyError
