@@ -31,7 +31,7 @@ from agentfleet.core.scaling import Decision
 from agentfleet.dispatch import Dispatcher
 from agentfleet.display import Report, table
 from agentfleet.endpoints import Endpoints
-from agentfleet.errors import ConfigInvalid, OperationRefused, RolloutFailed, SpecError
+from agentfleet.errors import ConfigInvalid, JournalError, OperationRefused, RolloutFailed, SpecError
 from agentfleet.events import Event
 from agentfleet.feed import remembered
 from agentfleet.health import HealthMonitor
@@ -80,6 +80,10 @@ class Fleet:
         usage_period: float = 5.0,
         seed: int | None = None,
     ) -> None:
+        if not isinstance(spec, FleetSpec):
+            raise SpecError(f"spec must be a FleetSpec, not {type(spec).__name__}; see FleetSpec.from_yaml")
+        if not usage_period > 0:
+            raise SpecError(f"usage_period must be more than 0 seconds, not {usage_period!r}")
         self.spec = spec
         self.name = spec.name
         self.clock: Clock = clock or SystemClock()
@@ -128,7 +132,7 @@ class Fleet:
             timeout: Seconds to wait; None waits as long as the rollout's own deadline allows.
 
         Raises:
-            RolloutFailed: The instances do not become healthy.
+            RolloutFailed: The instances do not become healthy. Deploying again tries again.
             DeadlineExceeded: `timeout` is over; the deployment goes on.
         """
         self._check_open()
@@ -142,10 +146,12 @@ class Fleet:
                 state = state.with_revision(spec.template, "deploy", now, spec.rollout.keep_revisions)
             if spec.replicas != state.applied_replicas:
                 state = replace(state, replicas=spec.replicas)
-            state = replace(state, applied_template=spec.template, applied_replicas=spec.replicas)
+            state = replace(state, applied_template=spec.template, applied_replicas=spec.replicas).tried_again(now)
             self._set(state, "fleet.deployed", replicas=state.replicas, revision=state.target)
         if wait:
             await self._rolled_out(state.target, timeout)
+            if state.desired:
+                await self.ready(timeout=timeout)
 
     async def upgrade(
         self, version: str | None = None, *, wait: bool = True, timeout: float | None = None, **changes: Any
@@ -155,7 +161,8 @@ class Fleet:
         Raises:
             RolloutFailed: It did not work out; where the policy says so the fleet has been rolled back.
             pydantic.ValidationError: A change is not valid; nothing was changed.
-            OperationRefused: Nothing would change, or the fleet is not deployed.
+            OperationRefused: Nothing would change, the fleet is not deployed, or it was stopped before the end. A fleet
+                that is stopped already takes the revision on, and rolls it out when it is started.
         """
         state = self._deployed()
         if version is not None:
@@ -172,17 +179,23 @@ class Fleet:
     async def rollback(self, to: int | None = None, *, wait: bool = True, timeout: float | None = None) -> Revision:
         """Return to a kept revision: the last good one, or any that is named.
 
+        A revision that is left for an older one is not good any more: nothing returns to it by itself.
+
         Raises:
             OperationRefused: There is no such revision.
             RolloutFailed: It does not work either.
         """
         state = self._deployed()
+        if to is not None and type(to) is not int:
+            raise SpecError(f"to must be the number of a revision, not {to!r}")
         target = to if to is not None else state.fallback
         if target is None:
             raise OperationRefused(f"fleet {self.name} has no earlier good revision to roll back to")
         if target == state.target:
             raise OperationRefused(f"fleet {self.name} runs revision {target} already")
         before = state.target
+        if target < before:
+            state = state.with_bad_target()
         state = state.with_target(target, self.clock.now())
         self._set(state, "rollout.started", revision=target, cause="rollback", replaces=before)
         if wait:
@@ -444,11 +457,16 @@ class Fleet:
         def over() -> bool:
             state = self.state
             assert state is not None
-            return state.rollout.phase is not RolloutPhase.PROGRESSING
+            return not state.desired or not state.rolling
 
+        was_wanted = self.state is not None and self.state.desired > 0
         await self._runtime.until(over, timeout, f"revision {number} is rolled out")
         state = self.state
         assert state is not None
+        if state.rolling:
+            if was_wanted:
+                raise OperationRefused(f"revision {number} is not rolled out yet: the fleet was stopped; start it")
+            return
         if state.target != number or state.rollout.phase is RolloutPhase.FAILED:
             why = self._why(number)
             runs = f"the fleet runs revision {state.target} ({state.template.version})"
@@ -480,7 +498,12 @@ class Fleet:
     def _set(self, state: FleetState, kind: str, **data: Any) -> None:
         """Take over a new desired state, recorded before anything is done about it."""
         self._check_open()
-        self._runtime.record(kind, data=data)
-        self._runtime.desk.state = state
-        self._runtime.turn.save()
+        desk = self._runtime.desk
+        before, desk.state = desk.state, state
+        try:
+            self._runtime.record(kind, data=data)
+            self._runtime.turn.save()
+        except JournalError:
+            desk.state = before  # what is not recorded is not wanted
+            raise
         self._runtime.wake()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from agentfleet.core import recovery as core
@@ -115,6 +115,15 @@ class Recovery:
         self._keep(slot, memory)
         self.touch(slot)
         return memory
+
+    def take_back(self, slot: int) -> bool:
+        """Do not count a slot's last attempt; it is still waited for the next one. False if there was none."""
+        memory = self._memories.get(slot)
+        if memory is None or not memory.attempts:
+            return False
+        self._keep(slot, replace(memory, attempts=memory.attempts - 1))
+        self.touch(slot)
+        return True
 
     def forget(self, slot: int) -> None:
         """The slot is not wanted any more."""

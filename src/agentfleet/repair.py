@@ -51,6 +51,11 @@ class Repair:
                 data = {"slot": slot, "seconds": round(now - since, 3)}
                 self._desk.record("instance.recovered", member.instance.id, data)
 
+    def not_reached(self, slot: int) -> None:
+        """The engine could not be reached, so the last attempt says nothing about the instance: it does not count."""
+        if self._recovery.take_back(slot):
+            self._remember(slot)
+
     def touch(self, slot: int) -> None:
         """Look at a slot again in the next turn."""
         self._recovery.touch(slot)

@@ -40,20 +40,20 @@ class FleetMetrics:
     def queue(self) -> Total | MetricFailed:
         """Tasks in flight or queued at the agents, by their own word.
 
-        An agent that has said nothing yet counts as the average of the others; when most have said nothing, nobody
-        knows, and the metric has failed rather than be zero.
+        An agent that has said nothing yet, or is not in service, counts as the average of the others; when most are
+        silent nobody knows, and the metric has failed rather than be zero.
         """
-        serving = silent = 0
+        total, heard, tasks = self._view.total_counts().total, 0, 0
         for member in self._view.serving():
-            serving += 1
-            silent += not member.reported
-        if 2 * silent > serving:
+            if member.reported:
+                heard += 1
+                tasks += member.in_flight + member.queued
+        if 2 * heard < total:
             return MetricFailed(
-                f"{silent} of {serving} agents have not said how much they have to do; "
+                f"{total - heard} of {total} agents have not said how much they have to do; "
                 'check "/status", open a dispatcher, or give a metric source of your own'
             )
-        known = self._view.in_flight + self._view.queued
-        return Total.of(known * serving / (serving - silent) if silent else known)
+        return Total.of(tasks * total / heard if heard else 0)
 
     def _samples(
         self, value: Callable[[Member], float | None], request: float | None, *, cpu: bool

@@ -104,6 +104,12 @@ class FleetState:
         kept = _trim((*self.revisions, Revision(number, template, now, cause)), number, keep)
         return replace(self, target=number, revisions=kept, rollout=begin(number, now), failures=0, paused=False)
 
+    def tried_again(self, now: float) -> FleetState:
+        """Begin a failed rollout anew, because somebody asked for it."""
+        if self.rollout.phase is not RolloutPhase.FAILED:
+            return self
+        return replace(self, rollout=begin(self.target, now), failures=0)
+
     def with_target(self, number: int, now: float) -> FleetState:
         """Begin a rollback to a kept revision.
 

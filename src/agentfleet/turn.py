@@ -14,7 +14,7 @@ from agentfleet.core.governor import Cause, Disruption, GovernorDecision, Govern
 from agentfleet.core.reason import Reason
 from agentfleet.core.recovery import Remedy
 from agentfleet.desk import Desk, Proposal
-from agentfleet.errors import BackendRefused, Conflict, OperationRefused
+from agentfleet.errors import BackendRefused, BackendUnavailable, Conflict, DeadlineExceeded, OperationRefused
 from agentfleet.instances import Phase
 from agentfleet.recovery import Recovery, Wish
 from agentfleet.repair import Repair
@@ -61,6 +61,9 @@ class Turn:
             self.sizing.not_created(id, error, now)
             return
         self._desk.view.keep(id)
+        member = self._desk.view.members.get(id)
+        if member is not None and isinstance(error, BackendUnavailable | DeadlineExceeded):
+            self.repair.not_reached(member.instance.slot)
         if action == "stop":
             self.sizing.not_removed(now)
 
@@ -122,7 +125,7 @@ class Turn:
         desk = self._desk
         state, counts = desk.wanted, desk.view.total_counts()
         restored = [*self.repair.proved]
-        if counts.total >= state.desired:  # nobody will fill an empty place any more
+        if not state.rolling and counts.total >= state.desired:  # nobody will fill an empty place any more
             restored += [item.slot for item in state.governor.in_flight if desk.view.holder(item.slot) is None]
         observed = GovernorObserved(
             desired=state.desired,
@@ -176,8 +179,8 @@ class Turn:
         """Journal the state when it changed, so that the next manager takes up here."""
         state = self._desk.state
         if state is not None and state != self._recorded:
-            self._recorded = state
             self._desk.record("state.fleet", data=state.to_dict())
+            self._recorded = state
 
     def restore(self, state: FleetState) -> None:
         """Take up an earlier manager's state."""

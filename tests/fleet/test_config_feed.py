@@ -64,7 +64,7 @@ class Agents:
 
 def attach(fleet: Fleet, agents: Agents) -> Fleet:
     """Let the fleet's pushes go to the simulated agents."""
-    fleet._runtime.feed._http = agents  # type: ignore[assignment]
+    fleet._runtime.feed._http = agents
     return fleet
 
 

@@ -154,7 +154,7 @@ def test_after_anything_the_fleet_is_as_wanted(ops: list[Op]) -> None:
 
 @pytest.mark.slow
 @given(ops=operations(), seed=st.integers(0, 1000))
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_after_anything_on_trio_too(ops: list[Op], seed: int) -> None:
     """The same law on the loop that runs its tasks in any order."""
     run_virtual(play, ops, backend="trio", seed=seed)
@@ -180,8 +180,9 @@ def test_after_anything_on_trio_too(ops: list[Op], seed: int) -> None:
             ("lose events", 1),
             ("upgrade", 5),
         ],
+        [("wait", 5), ("conflict", 1), ("restart", 1), ("upgrade", 1), ("quota", 1), ("partition", 2)],
     ],
-    ids=["two partitions", "quota", "refusals", "gone unseen"],
+    ids=["two partitions", "quota", "refusals", "gone unseen", "two lost while rolling"],
 )
 def test_sequences_that_once_went_wrong(ops: list[Op]) -> None:
     """Shapes that are rare in random lists."""

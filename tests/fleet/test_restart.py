@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
+import traceback
 
 import anyio
 import pytest
@@ -65,8 +67,10 @@ def test_a_manager_may_die_at_any_write_or_action(name: str, at: str, side: str)
 @pytest.mark.parametrize(("at", "side"), PLACES, ids=[f"{side} {at}" for at, side in PLACES])
 @pytest.mark.parametrize("name", workloads())
 def test_a_manager_may_die_at_every_single_write_and_action(name: str, at: str, side: str) -> None:
-    """The same law at each place there is (every fifth where a bad upgrade makes hundreds of them)."""
-    check_crashes(name, at, side, stride=5 if name == "upgrade sick" else 1, loop="asyncio")
+    """The same law at about fifteen places; at each place there is with HYPOTHESIS_PROFILE=thorough (many minutes)."""
+    _, _, counts = undisturbed(name)
+    thorough = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+    check_crashes(name, at, side, stride=1 if thorough else max(1, counts[at] // 15), loop="asyncio")
 
 
 @pytest.mark.parametrize("name", REPEATABLE)
@@ -221,12 +225,12 @@ async def test_a_fleet_that_cannot_record_does_not_act() -> None:
     def fail(number: int) -> None:
         raise JournalError("the disk is full")
 
-    with pytest.raises(ExceptionGroup) as raised:
+    with pytest.raises((JournalError, ExceptionGroup)) as raised:  # a group when several loops met it
         async with world.fleet() as fleet:
             await fleet.scale(8)
             world.plan.begin = fail  # type: ignore[method-assign, assignment]
             await anyio.sleep(100)
-    assert raised.group_contains(JournalError, match="the disk is full")
+    assert "the disk is full" in "".join(traceback.format_exception(raised.value))
     assert world.effort() == before
 
 

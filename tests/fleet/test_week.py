@@ -34,7 +34,7 @@ SPEC = spec(
     health=HealthPolicy(checks=(HttpCheck(period=30.0, timeout=5.0),)),
     rollout=RolloutPolicy(min_ready=90.0),
     scaling=ScalingPolicy(
-        min_replicas=6,
+        min_replicas=4,
         max_replicas=20,
         targets=(QueueTarget(length=5),),
         period=60.0,
@@ -55,8 +55,8 @@ class Life:
         self.troubles: dict[str, int] = {}
 
     def queue(self) -> float:
-        """Tasks, by the time of day: few at night, up to a hundred at noon."""
-        return 30 + 70 * max(0.0, math.sin(2 * math.pi * (self.world.now / DAY - 0.25))) ** 3
+        """Tasks, by the time of day: twenty at night, a hundred at noon."""
+        return 20 + 80 * max(0.0, math.sin(2 * math.pi * (self.world.now / DAY - 0.25))) ** 3
 
     def working(self) -> int:
         """How many instances truly do their work, whatever anybody believes of them."""

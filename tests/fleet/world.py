@@ -159,10 +159,15 @@ class Watchman:
         self._sized: set[str] = set()
         self._gone: set[str] = set()
         self._missed: set[str] = set()
+        self._unacted: dict[str, int] = {}
+        """Instances whose disruption was admitted and has not reached the engine, and their slots."""
 
     def take_charge(self, fleet: Fleet) -> None:
         """Watch this manager from now on; its predecessor is dead."""
         self.fleet = fleet
+        for slot in self._unacted.values():
+            self.disrupted.pop(slot, None)  # its manager died before it could do it
+        self._unacted.clear()
         turn = fleet._runtime.turn
         take = turn.take
 
@@ -236,10 +241,12 @@ class Watchman:
         surplus = event.data["action"] == "remove"
         if surplus and (good > desired or not serving):
             return  # it is not missed
-        self._missed.add(member.instance.id)
+        if surplus:
+            self._missed.add(member.instance.id)
         if serving:
             self._must(good - 1 >= desired - budget, f"{event.instance} taken: {good} good of {desired}, {budget}")
         self.disrupted[slot] = event.at
+        self._unacted[member.instance.id] = slot
         self.most_disrupted = max(self.most_disrupted, len(self.disrupted))
         self._must(len(self.disrupted) <= budget, f"{len(self.disrupted)} disrupted, {budget} allowed: {event}")
 
@@ -261,10 +268,12 @@ class Watchman:
     def stops(self, id: str) -> None:
         """No stop without a record of why; what was told to go is not created again."""
         self._gone.add(id)
+        self._unacted.pop(id, None)
         self._must(id in self._ordered["stop"], f"{id} stopped without a record")
 
     def restarts(self, id: str) -> None:
         """No restart without a record of why."""
+        self._unacted.pop(id, None)
         self._must(id in self._ordered["restart"], f"{id} restarted without a record")
 
 

@@ -124,7 +124,7 @@ def decide(
     wake = None
     reasons = step.reasons
     roll_back_to = None
-    if memory.phase is RolloutPhase.PROGRESSING and not observed.paused:
+    if memory.phase is RolloutPhase.PROGRESSING and not observed.paused and observed.desired:
         wake = memory.progressed_at + policy.progress_deadline
     elif memory.phase is RolloutPhase.FAILED:
         if policy.auto_rollback and not memory.is_rollback:
@@ -134,15 +134,13 @@ def decide(
 
 
 def _judge(policy: RolloutPolicy, observed: RolloutObserved, memory: RolloutMemory, now: float) -> RolloutMemory:
-    """Complete, failed, or progressing since when."""
-    if memory.phase is RolloutPhase.COMPLETE:
+    """Complete, failed, or progressing since when. Complete and failed are final: another rollout must be begun."""
+    if memory.phase is not RolloutPhase.PROGRESSING:
         return memory
+    if observed.paused or not observed.desired:  # nothing can be proved: the clock of the deadline stands still
+        return replace(memory, progressed_at=now, best=None)
     if observed.old.total == 0 and observed.new.available >= observed.desired:
         return replace(memory, phase=RolloutPhase.COMPLETE)
-    if memory.phase is RolloutPhase.FAILED:
-        return memory
-    if observed.paused:
-        return replace(memory, progressed_at=now, best=None)  # the clock of the deadline stands still
     desired, new = observed.desired, observed.new
     come = 2 * min(new.available, desired) + min(new.total, desired) - observed.old.total
     if memory.best is None or come > memory.best:

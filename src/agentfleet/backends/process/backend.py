@@ -265,7 +265,10 @@ class ProcessBackend:
         The first measurement covers the process's whole life; calls within half a second repeat the CPU figure. What
         children share with each other counts once for each.
         """
-        return await self._opened()[0].measure(fleet)
+        try:
+            return await self._opened()[0].measure(fleet)
+        except OSError as error:  # no descriptor is free, for one
+            raise BackendUnavailable(f"usage cannot be measured now: {error}") from error
 
     async def logs(self, fleet: str, id: str, *, lines: int = 100) -> Sequence[str]:
         """The last lines the instance wrote (stdout and stderr as they came), oldest first, also from before a restart.
