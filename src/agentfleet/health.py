@@ -32,7 +32,7 @@ from agentfleet.instances import AgentStatus, HealthState, Instance, Phase
 from agentfleet.signals.changes import Changes, VerdictChange
 from agentfleet.signals.http import HttpClient
 from agentfleet.signals.probes import Prober, SocketProber
-from agentfleet.signals.rounds import Agenda, Workers
+from agentfleet.signals.rounds import GRAIN, Agenda, Workers
 from agentfleet.specs import CustomCheck, HealthPolicy, HeartbeatCheck
 
 __all__ = ["Changes", "HealthMonitor", "HealthStatistics", "VerdictChange"]
@@ -332,6 +332,7 @@ class HealthMonitor:
             return float(now + min(check.period, max(_EAGER, age / 8, self._eager / _EAGER_RATE)))
         slot = zlib.crc32(f"{watched.instance.id}/{index}".encode()) % _SLOTS
         phase = slot / _SLOTS * check.period
+        asked += GRAIN  # it may have been asked this much before its slot
         due = (math.floor((asked - phase) / check.period) + 1) * check.period + phase
         if due <= asked:  # by rounding
             due += check.period

@@ -156,13 +156,13 @@ def check_phase(
         observed.fallback if failed and policy.auto_rollback and not memory.is_rollback else None
     )
     arrived = observed.old.total == 0 and observed.new.available >= observed.desired
-    if memory.phase is RolloutPhase.COMPLETE or arrived:
-        assert after.phase is RolloutPhase.COMPLETE
-    elif memory.phase is RolloutPhase.FAILED:
-        assert failed
-    elif observed.paused:
+    if memory.phase is not RolloutPhase.PROGRESSING:
+        assert after.phase is memory.phase, "complete and failed are final"
+    elif observed.paused or not observed.desired:
         assert after.phase is RolloutPhase.PROGRESSING
         assert after.progressed_at == now
+    elif arrived:
+        assert after.phase is RolloutPhase.COMPLETE
     else:
         new_total = observed.new.total
         many = observed.failures >= policy.max_failed and observed.failures >= CHANCE_SHARE * new_total
@@ -373,22 +373,26 @@ class RollingFleet(RuleBasedStateMachine):
         else:
             raise AssertionError(f"no convergence: {self.memory} {self.fleet}")
         kind = self.kinds[self.memory.revision]
-        if kind == "good" or self.desired == 0:
-            assert self.memory.phase is RolloutPhase.COMPLETE
+        if self.desired == 0:
+            assert not self.fleet
+        elif kind == "good":
+            assert self.memory.phase is not RolloutPhase.PROGRESSING
             assert len(self.fleet) == self.desired
-            assert all(agent.revision == self.memory.revision for agent in self.fleet)
+            complete = self.memory.phase is RolloutPhase.COMPLETE
+            assert not complete or all(agent.revision == self.memory.revision for agent in self.fleet)
         else:
             assert self.memory.phase is not RolloutPhase.PROGRESSING
             assert not self.policy.auto_rollback or self.memory.phase is RolloutPhase.COMPLETE
             assert len(self.fleet) == self.desired or self.memory.phase is RolloutPhase.COMPLETE
 
     def _at_rest(self) -> bool:
+        if self.desired == 0:
+            return not self.fleet
         good = all(a.revision == self.memory.revision and a.condition in PROVEN for a in self.fleet)
         complete = self.memory.phase is RolloutPhase.COMPLETE and len(self.fleet) == self.desired
         if complete and (good or self.kinds[self.memory.revision] != "good"):
             return True
-        over = self.memory.phase is RolloutPhase.FAILED and self.kinds[self.memory.revision] != "good"
-        return over and len(self.fleet) == self.desired > 0
+        return self.memory.phase is RolloutPhase.FAILED and len(self.fleet) == self.desired
 
 
 RollingFleet.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -449,10 +453,11 @@ def test_two_shares_that_round_to_nothing_still_move() -> None:
 
 
 def test_a_fleet_of_nothing_is_rolled_by_removing() -> None:
-    """With nothing wanted the old ones go, none is created, and the rollout is complete."""
+    """With nothing wanted the old ones go and none is created; nothing is proved, so the rollout waits."""
     assert shape(step(desired=0, old=Counts(idle=4))[0]) == {"remove_old_good": 4}
     decision, _ = step(desired=0)
-    assert decision.phase is RolloutPhase.COMPLETE
+    assert decision.phase is RolloutPhase.PROGRESSING
+    assert decision.wake is None
     assert not decision.changes
 
 
@@ -546,9 +551,9 @@ def test_a_shrunk_fleet_is_measured_by_what_is_left_of_it() -> None:
         assert decision.phase is RolloutPhase.PROGRESSING
 
 
-def test_a_failed_first_deployment_that_heals_is_complete() -> None:
-    """Nothing to go back to: the fleet keeps its size, and when it is healthy after all the rollout is complete."""
+def test_a_failed_first_deployment_stays_failed() -> None:
+    """Nothing to go back to: the fleet keeps its size, and a moment of health does not make the revision good."""
     decision, memory = step(new=Counts(sick=10), failures=3, fallback=None)
     assert decision.phase is RolloutPhase.FAILED
     assert decision.roll_back_to is None
-    assert step(new=Counts(idle=10), failures=3, fallback=None, memory=memory)[0].phase is RolloutPhase.COMPLETE
+    assert step(new=Counts(idle=10), failures=3, fallback=None, memory=memory)[0].phase is RolloutPhase.FAILED

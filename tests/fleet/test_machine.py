@@ -146,7 +146,7 @@ def operations() -> st.SearchStrategy[list[Op]]:
 
 
 @given(ops=operations())
-@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 def test_after_anything_the_fleet_is_as_wanted(ops: list[Op]) -> None:
     """Whatever was asked for and went wrong, the fleet converges within bounded time, and no invariant is broken."""
     run_virtual(play, ops)
@@ -154,7 +154,7 @@ def test_after_anything_the_fleet_is_as_wanted(ops: list[Op]) -> None:
 
 @pytest.mark.slow
 @given(ops=operations(), seed=st.integers(0, 1000))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 def test_after_anything_on_trio_too(ops: list[Op], seed: int) -> None:
     """The same law on the loop that runs its tasks in any order."""
     run_virtual(play, ops, backend="trio", seed=seed)

@@ -373,7 +373,7 @@ class World:
         assert state is not None
         if len(seen) != state.desired:
             return f"{len(seen)} instances exist, {state.desired} are wanted"
-        if state.rolling:
+        if state.rolling and state.desired:  # one that was stopped goes on when it is started
             return f"a rollout to {state.target} is under way"
         wrong = [each.id for each in seen if each.phase is not Phase.RUNNING or each.revision != state.target]
         if wrong:

@@ -21,7 +21,7 @@ from agentfleet.clock import Clock
 ItemT = TypeVar("ItemT")
 JobT = TypeVar("JobT")
 
-_GRAIN = 1e-6
+GRAIN = 1e-6
 """Seconds that due times may be early: dates have about a quarter of a microsecond of precision."""
 _NOTICED = 0.1
 """Lateness in seconds from which the loop counts as stalled; less is the ordinary life of an event loop, and would add
@@ -70,7 +70,7 @@ class Agenda(Generic[ItemT]):
         heap = self._heap
         while True:
             now = self._clock.now()
-            while heap and heap[0][0] <= now + _GRAIN:
+            while heap and heap[0][0] <= now + GRAIN:
                 due, _, item = heapq.heappop(heap)
                 handle(due, item, now)
             handled()
