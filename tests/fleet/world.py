@@ -135,6 +135,7 @@ class Engine(MemoryBackend):
         number = self._plan.begin("action")
         self._watchman.stops(id)
         await super().stop(fleet, id, grace=grace)
+        self._watchman.acted(id)
         self.stopped.add(id)
         self._plan.end("action", number)
 
@@ -142,6 +143,7 @@ class Engine(MemoryBackend):
         number = self._plan.begin("action")
         self._watchman.restarts(id)
         await super().restart(fleet, id, grace=grace)
+        self._watchman.acted(id)
         self.restarted.append(id)
         self._plan.end("action", number)
 
@@ -268,13 +270,15 @@ class Watchman:
     def stops(self, id: str) -> None:
         """No stop without a record of why; what was told to go is not created again."""
         self._gone.add(id)
-        self._unacted.pop(id, None)
         self._must(id in self._ordered["stop"], f"{id} stopped without a record")
 
     def restarts(self, id: str) -> None:
         """No restart without a record of why."""
-        self._unacted.pop(id, None)
         self._must(id in self._ordered["restart"], f"{id} restarted without a record")
+
+    def acted(self, id: str) -> None:
+        """The engine has done it."""
+        self._unacted.pop(id, None)
 
 
 class World:
