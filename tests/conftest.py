@@ -12,8 +12,14 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
+import agentfleet
+
 # tests import their helpers as `tests.…`, however pytest was started
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+expected = os.environ.get("AGENTFLEET_EXPECT_AT")
+if expected is not None and not (agentfleet.__file__ or "").startswith(expected):
+    raise RuntimeError(f"these tests are to run on the wheel in {expected}, not on {agentfleet.__file__}")
 
 settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, print_blob=True)
