@@ -22,7 +22,7 @@ from agentfleet.core.health import Beat, HealthMemory, Probed, Seen, Signal, dec
 from agentfleet.health import HealthMonitor
 from agentfleet.instances import Instance, Phase
 from agentfleet.signals.http import HttpClient
-from agentfleet.signals.probes import SocketProber
+from agentfleet.signals.probes import SocketProber, parse_status
 from agentfleet.specs import Check, HealthPolicy, HeartbeatCheck, HttpCheck
 from agentfleet.testing import run_virtual
 
@@ -113,7 +113,7 @@ def serve(pipe: multiprocessing.connection.Connection) -> None:
     asyncio.run(main())
 
 
-async def with_streams(address: str, count: int) -> None:
+async def with_streams(address: str, count: int, *, parsed: bool = False) -> None:
     """The peer: one asyncio stream a connection, the same deadline, the same answer read to its end."""
     host, port = address.split(":")
 
@@ -125,11 +125,18 @@ async def with_streams(address: str, count: int) -> None:
                 await writer.drain()
                 head = await reader.readuntil(b"\r\n\r\n")
                 headers = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
-                assert await reader.readexactly(int(headers[b"content-length"])) == BODY
+                body = await reader.readexactly(int(headers[b"content-length"]))
+                assert body == BODY
+                assert not parsed or parse_status(body) is not None
         writer.close()
         await writer.wait_closed()
 
     await asyncio.gather(*(work(count // CONNECTIONS) for _ in range(CONNECTIONS)))
+
+
+async def with_streams_and_status(address: str, count: int) -> None:
+    """The peer, with the same parser as ours."""
+    await with_streams(address, count, parsed=True)
 
 
 async def with_client(address: str, count: int) -> None:
@@ -162,9 +169,10 @@ async def with_prober(address: str, count: int) -> None:
 def probes(count: int = 6400) -> list[dict[str, Any]]:
     """Probes a second, ours and the peer's in turns."""
     contenders: dict[str, Callable[[str, int], Awaitable[None]]] = {
-        "probe: asyncio streams (peer, no parsing)": with_streams,
-        "probe: HttpClient, no parsing": with_client,
-        "probe: SocketProber with status": with_prober,
+        "probe: asyncio streams (peer)": with_streams,
+        "probe: HttpClient": with_client,
+        "probe: asyncio streams, status (peer)": with_streams_and_status,
+        "probe: SocketProber, status": with_prober,
     }
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True)

@@ -151,8 +151,11 @@ def _kinds(node: ast.expr, named: dict[str, list[ast.expr]]) -> set[str]:
             return set().union(*(_kinds(value, {}) for value in named[name]))
         case ast.JoinedStr(values=[ast.Constant(value="recovery."), _]):
             return {f"recovery.{remedy.value}" for remedy in Remedy}
-        case ast.JoinedStr(values=[ast.Constant(value="state.recovery."), _]):
-            return {"state.recovery.N"}
+        case ast.JoinedStr(values=[ast.Constant(value=str(text)), _]) if text in (
+            "state.recovery.",
+            "state.disruption.",
+        ):
+            return {f"{text}N"}
     return set()
 
 

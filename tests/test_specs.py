@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from agentfleet import specs
 from agentfleet.errors import SpecError
-from agentfleet.specs import AgentTemplate, Backoff, CustomCheck, FleetSpec, RecoveryPolicy, ScalingPolicy, Spec
+from agentfleet.specbase import Spec
+from agentfleet.specs import AgentTemplate, Backoff, CustomCheck, FleetSpec, HttpCheck, RecoveryPolicy, ScalingPolicy
 from agentfleet.testing.strategies import fleet_specs
 
 MODELS: list[type[Spec]] = sorted(
@@ -41,6 +42,7 @@ LEAST: dict[str, dict[str, Any]] = {
     "ScalingBehavior": {"stabilization": 0, "rules": [{"count": 1}]},
     "ScalingPolicy": {"max_replicas": 5},
     "CustomCheck": {"call": "package.module:function"},
+    "KubernetesOptions": {"image": "registry/agent:1"},
     "FleetSpec": {"name": "a", "template": {"command": ["x"]}},
 }
 """What a model needs at the least; others need nothing."""
@@ -207,6 +209,15 @@ def test_the_schema_is_valid_and_refuses_unknown_keys(model: type[Spec]) -> None
     assert_agrees_with_schema(made)
 
 
+def test_the_schema_tells_what_stands_under_each_field() -> None:
+    properties = HttpCheck.model_json_schema()["properties"]
+    assert properties["period"]["description"] == "Time between probes of one instance."  # of the base
+    assert properties["path"]["description"].startswith("Path on the instance's own address.")
+    assert "description" not in properties["kind"]
+    inner = FleetSpec.model_json_schema()["$defs"]["RecoveryPolicy"]["properties"]
+    assert inner["backoff"] == {"$ref": "#/$defs/Backoff", "description": "Waiting between attempts on one instance."}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -226,6 +237,48 @@ def test_texts_that_are_no_yaml_spec(text: str) -> None:
 )
 def test_texts_that_are_no_json_spec(text: str | bytes) -> None:
     with pytest.raises(SpecError):
+        FleetSpec.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: a\nreplicas: 1\nreplicas: 2\n", "line 3: the key 'replicas' stands in line 2"),
+        ("name: a\ntemplate:\n  command: [x]\n  env: {A: b, A: c}", "line 4: the key 'A' stands in line 4"),
+        ("name: a\n'name': b", "line 2: the key 'name' stands in line 1"),
+        ("<<: {name: a}\n<<: {name: b}", "line 2: the key '<<' stands in line 1"),
+        ("- {a: 1}\n- {a: 1, b: 2,\n   b: 3}", "line 3: the key 'b' stands in line 2"),
+    ],
+)
+def test_a_yaml_key_may_stand_once(text: str, line: str) -> None:
+    with pytest.raises(SpecError, match=line):
+        FleetSpec.from_yaml(text)
+
+
+def test_yaml_may_share_and_overrule_parts() -> None:
+    text = """
+        name: a
+        template: {command: [x]}
+        scaling:
+          max_replicas: 9
+          targets: [{kind: queue, length: 1}]
+          up: &fast {stabilization: 0, tolerance: 0.5, rules: [{count: 1}]}
+          down: {<<: *fast, stabilization: 60}
+    """
+    scaling = FleetSpec.from_yaml(text).scaling
+    assert scaling is not None
+    assert (scaling.down.stabilization, scaling.down.tolerance) == (60, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"name": "a", "name": "b"}', "'name'"),
+        ('{"name": "a", "template": {"command": ["x"], "env": {"A": "b", "B": "c", "A": "b"}}}', "'A'"),
+    ],
+)
+def test_a_json_key_may_stand_once(text: str, key: str) -> None:
+    with pytest.raises(SpecError, match=f"the key {key} stands twice"):
         FleetSpec.from_json(text)
 
 

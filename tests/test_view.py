@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from agentfleet.instances import AgentStatus, HealthState, Instance, Phase, Usage
+from agentfleet.testing import strategies
 from agentfleet.view import EXPENDABLE, GOOD, SERVING, Condition, Counts, FleetView
 
 IDS = [f"a{number}" for number in range(8)]
@@ -365,13 +366,22 @@ def test_late_readiness_does_not_wait_for_others() -> None:
     assert view.counts(1) == Counts(fresh=1, idle=1)
 
 
+@given(usage=strategies.usages())
+def test_what_an_instance_uses_is_taken_over(usage: Usage) -> None:
+    view = fresh_view("a", "b")
+    view.measure("a", usage)
+    view.measure("gone", usage)
+    assert (view.members["a"].cpu, view.members["a"].memory) == (usage.cpu, usage.memory)
+    assert (view.members["b"].cpu, view.members["b"].memory) == (None, None)
+
+
 def test_replacing_for_ever_takes_no_memory() -> None:
     """The list of free slots is bounded by the slots, not by how often they were filled."""
     view = FleetView()
     for number in range(1000):
         view.put(instance(str(number), slot=number % 3))
         view.remove(str(number))
-    assert len(view._free_slots) <= 3
+    assert len(view._slots._free) <= 3
 
 
 @pytest.mark.parametrize("count", [20_000])

@@ -105,9 +105,13 @@ class Actuator:
         try:
             with anyio.fail_after(self._deadline):
                 await call()
-        except DeadlineExceeded:
+        except (BackendError, DeadlineExceeded):
             raise
         except TimeoutError as error:
             raise DeadlineExceeded(
                 f"{name} of {id}: the backend did not accept it within {self._deadline:g} s; its effect is unknown"
+            ) from error
+        except Exception as error:  # a backend of the user's own may raise anything; that must not end the fleet
+            raise BackendError(
+                f"{name} of {id}: the backend raised {type(error).__name__}, which is no BackendError: {error}"
             ) from error

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Protocol
 
@@ -21,10 +21,13 @@ import anyio
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.core.reason import Reason
 from agentfleet.core.scaling import Decision, Memory, Observed, committed, decide, name_of
+from agentfleet.core.scaling_behavior import Recommendation
 from agentfleet.core.scaling_samples import InstanceSamples, MetricFailed, Reading, ResourceAggregate, Total
+from agentfleet.errors import SpecError
 from agentfleet.events import Event
 from agentfleet.specs import ScalingPolicy
 from agentfleet.stores.journal import Journal
+from agentfleet.waiting import seconds_of
 
 STATE = "state.scaling"
 """Kind of the event that holds the memory; a restarted autoscaler starts from the last one."""
@@ -71,6 +74,9 @@ class Autoscaler:
         name: The fleet's name in the journal.
         read_timeout: Deadline in seconds of each metric and of `size()`; by default the period, at most 5 s.
         act_timeout: Deadline in seconds of `scale()`.
+
+    Raises:
+        SpecError: A target of the policy has no source, a source is no function, or a deadline is no time span.
     """
 
     def __init__(
@@ -82,9 +88,10 @@ class Autoscaler:
         clock: Clock | None = None,
         journal: Journal | None = None,
         name: str = "fleet",
-        read_timeout: float | None = None,
-        act_timeout: float = 30.0,
+        read_timeout: float | str | None = None,
+        act_timeout: float | str = 30.0,
     ) -> None:
+        _check_sources(policy, metrics)
         self.policy = policy
         self.last_decision: Decision | None = None
         self.name = name
@@ -92,11 +99,10 @@ class Autoscaler:
         self._metrics = dict(metrics)
         self._clock: Clock = SystemClock() if clock is None else clock
         self._journal = journal
-        self._read_timeout = read_timeout
-        self._act_timeout = act_timeout
+        self._read_timeout = None if read_timeout is None else seconds_of(read_timeout, "read_timeout")
+        self._act_timeout = seconds_of(act_timeout, "act_timeout")
         self._memory: Memory | None = None
-        self._saved: Memory | None = None
-        self._saved_at = float("-inf")
+        self._said: object = None
         self._failing: dict[str, str] = {}
         self._hold: str | None = None
 
@@ -215,25 +221,32 @@ class Autoscaler:
         if event is None:
             return Memory()
         try:
-            self._saved, self._saved_at = Memory.from_dict(event.data), event.at
+            saved = Memory.from_dict(event.data)
         except ValueError as error:
             self._record("scaling.forgotten", {"error": str(error)})
             return Memory()
-        return self._saved
+        # what was not written since was the same again and again, so its windows begin with this restart
+        now = self._clock.now()
+        recent = tuple(replace(each, at=now) for each in self._in_window(saved, event.at))
+        return replace(saved, recommendations=recent or saved.recommendations)
 
     def _save(self, now: float) -> None:
-        """Write the memory when it says something new.
+        """Write the memory when it says something new: in quiet times each turn repeats the same recommendation.
 
-        Each turn appends the same recommendation to the log in quiet times: then it is written only a few times a
-        window, so that a restart shortens a stabilisation window by at most a tenth.
+        What counts of a stabilisation window is the least and the most that was recommended in it.
         """
-        memory, saved = self.memory, self._saved
+        memory = self.memory
+        recent = [each.replicas for each in self._in_window(memory, now)]
+        extent = (min(recent), max(recent)) if recent else None
+        said = (extent, memory.added, memory.removed, memory.scaled_to_zero)
+        if said != self._said:
+            self._record(STATE, memory.to_dict())
+            self._said = said
+
+    def _in_window(self, memory: Memory, now: float) -> list[Recommendation]:
+        """The recommendations that still bind at `now`."""
         window = max(self.policy.up.stabilization, self.policy.down.stabilization)
-        stale = window > 0 and now - self._saved_at >= window / 10
-        if saved is not None and not stale and _same(memory, saved):
-            return
-        self._record(STATE, memory.to_dict())
-        self._saved, self._saved_at = memory, now
+        return [each for each in memory.recommendations or () if each.at > now - window]
 
 
 class _Readings:
@@ -245,6 +258,20 @@ class _Readings:
         self.failures: dict[str, str] = {}
 
 
+def _check_sources(policy: ScalingPolicy, metrics: Mapping[str, MetricSource]) -> None:
+    """Raise `SpecError` unless each target of the policy can be read."""
+    for name in dict.fromkeys(name_of(target) for target in policy.targets):
+        source = metrics.get(name)
+        if source is None:
+            known = ", ".join(map(repr, sorted(metrics))) or "none"
+            raise SpecError(
+                f"the scaling policy has a target for the metric {name!r}, which has no source (there are: {known}); "
+                f"give it one: metrics={{{name!r}: source}}, a function that returns a number"
+            )
+        if not callable(source):
+            raise SpecError(f"metrics[{name!r}] must be a function that returns a number, not {source!r:.80}")
+
+
 def _reading(value: object) -> Reading:
     """What a metric function returned, as a reading; raises TypeError or ValueError if it is none."""
     if isinstance(value, ResourceAggregate | InstanceSamples | Total | MetricFailed):
@@ -254,13 +281,6 @@ def _reading(value: object) -> Reading:
     if value < 0:  # -1 is what many clients say for "unknown"
         raise ValueError(f"{value} cannot be a measurement: it is negative")
     return Total.of(int(value) if isinstance(value, Integral) else float(value))
-
-
-def _same(one: Memory, other: Memory) -> bool:
-    """Whether two memories differ in nothing but repetitions of the recommendations they have."""
-    if (one.added, one.removed, one.scaled_to_zero) != (other.added, other.removed, other.scaled_to_zero):
-        return False
-    return {r.replicas for r in one.recommendations or ()} == {r.replicas for r in other.recommendations or ()}
 
 
 def _words(error: Exception, deadline: float) -> str:

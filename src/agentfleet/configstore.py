@@ -35,6 +35,8 @@ from agentfleet.events import Event
 from agentfleet.stores.config import ConfigRecords, ConfigRevision
 from agentfleet.stores.config_memory import MemoryConfig
 from agentfleet.stores.journal import Journal
+from agentfleet.units import show
+from agentfleet.waiting import seconds_of
 
 _PAGE = 64
 _TRIES = 100
@@ -83,7 +85,7 @@ class ConfigStore:
         clock: Dates the revisions.
         max_bytes: Largest document, in bytes of JSON.
         max_depth: Deepest nesting of a document.
-        timeout: Seconds that the records, or an asynchronous validator, may take to answer.
+        timeout: Time that the records, or an asynchronous validator, may take to answer, in seconds or like "10s".
     """
 
     def __init__(
@@ -94,12 +96,12 @@ class ConfigStore:
         clock: Clock | None = None,
         max_bytes: int = 1 << 20,
         max_depth: int = 64,
-        timeout: float = 10.0,
+        timeout: float | str = 10.0,
     ) -> None:
         self._records: ConfigRecords = records if records is not None else MemoryConfig()
         self._journal = journal
         self._clock: Clock = clock if clock is not None else SystemClock()
-        self._max_bytes, self._max_depth, self._timeout = max_bytes, max_depth, timeout
+        self._max_bytes, self._max_depth, self._timeout = max_bytes, max_depth, seconds_of(timeout, "timeout")
         self._checks: dict[str, Checks] = {}
         self._seen: dict[str, int] = {}
 
@@ -134,11 +136,13 @@ class ConfigStore:
         Raises:
             ConfigInvalid: It fails validation; each line names a field and the fix. Nothing was stored.
             ConfigConflict: `expect` is not the newest revision. Nothing was stored.
-            SpecError: Key, author or reason are not usable. Nothing was stored.
+            SpecError: Key, author, reason or `expect` are not usable. Nothing was stored.
             DeadlineExceeded: The records did not answer in time; whether it was stored is unknown.
             JournalError: It was stored, but could not be journaled.
         """
         _check_words(key=key, author=author, reason=reason)
+        if expect is not None:
+            _check_number("expect", expect)
         return await self._publish(key, document, _Audit(author, reason), expect)
 
     async def rollback(
@@ -149,12 +153,17 @@ class ConfigStore:
         The content must satisfy what is registered now. Raises like `put`, and `ConfigNotFound`.
         """
         _check_words(key=key, author=author, reason=reason)
+        _check_number("revision", revision)
+        if expect is not None:
+            _check_number("expect", expect)
         old = await self.get(key, revision)
         return await self._publish(key, old.document, _Audit(author, reason, revision), expect)
 
     async def dry_run(self, key: str, document: object, *, expect: int | None = None) -> DryRun:
         """Validate and compare without storing or journaling anything."""
         _check_words(key=key)
+        if expect is not None:
+            _check_number("expect", expect)
         text, found = await self._examine(key, document)
         newest = await self._newest(key)
         against = newest.revision if newest is not None else 0
@@ -171,6 +180,7 @@ class ConfigStore:
         Raises:
             ConfigNotFound: There is no such document or revision, or it is kept no longer.
             ConfigError: The records have gone back behind a revision that was seen before.
+            SpecError: `revision` is no number.
         """
         if revision is None:
             newest = await self._newest(key)
@@ -179,6 +189,7 @@ class ConfigStore:
             if newest.revision < self._floor(key):
                 raise ConfigError(self._regressed(key, newest.revision))
             return newest
+        _check_number("revision", revision)
         found = await self._ask(self._records.find(key, revision))
         if found is None:
             raise ConfigNotFound(f"configuration {key!r:.300} has no revision {revision}; see history({key!r:.300})")
@@ -199,6 +210,7 @@ class ConfigStore:
 
     def watch(self, key: str, *, after: int = 0) -> ConfigWatch:
         """Every revision greater than `after`, in order, none left out or repeated; then each new one. See there."""
+        _check_number("after", after)
         return ConfigWatch(self, key, after)
 
     async def _publish(self, key: str, document: object, why: _Audit, expect: int | None) -> ConfigRevision:
@@ -353,10 +365,19 @@ class ConfigWatch:
         await records.changed(key, position)
 
 
-def _check_words(**words: str) -> None:
+def _check_words(**words: object) -> None:
     """Raise SpecError unless each word is text that people can read, and not too long."""
     for name, word in words.items():
         most = 4096 if name == "reason" else 253
-        readable = all(c.isprintable() or (c == "\n" and name == "reason") for c in word)
-        if not readable or not word.strip() or len(word) > most:
-            raise SpecError(f"{name}: must be printable text of 1 to {most} characters; got {word!r:.80}")
+        if not isinstance(word, str) or not _is_readable(word, most, breaks=name == "reason"):
+            raise SpecError(f"{name}: must be printable text of 1 to {most} characters; got {show(word)}")
+
+
+def _is_readable(word: str, most: int, *, breaks: bool) -> bool:
+    return bool(word.strip()) and len(word) <= most and all(c.isprintable() or (c == "\n" and breaks) for c in word)
+
+
+def _check_number(name: str, number: object) -> None:
+    """Raise SpecError unless it can be the number of a revision."""
+    if type(number) is not int:
+        raise SpecError(f"{name}: must be the number of a revision, a whole number; got {show(number)}")

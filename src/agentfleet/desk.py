@@ -12,6 +12,7 @@ from typing import Any
 
 from agentfleet.actuator import Actuator
 from agentfleet.core.governor import Disruption
+from agentfleet.disruptions import Disruptions, InFlight
 from agentfleet.instances import Instance, Node
 from agentfleet.recovery import Wish
 from agentfleet.specs import FleetSpec
@@ -34,6 +35,13 @@ class Desk:
     """Makes instance ids."""
     state: FleetState | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
+    disruptions: Disruptions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.disruptions = Disruptions(self._note_disruption)
+
+    def _note_disruption(self, slot: int, entry: InFlight | None) -> None:
+        self.record(f"state.disruption.{slot}", data={} if entry is None else entry.to_dict())
 
     @property
     def wanted(self) -> FleetState:
@@ -48,6 +56,7 @@ class Desk:
 
     def end(self, member: Member, grace: float) -> None:
         """Take an instance out of service and tell it to go."""
+        self.disruptions.emptied(member.instance.slot)
         self.view.drain(member.instance.id)
         self.actuator.stop(member.instance.id, grace=grace)
 

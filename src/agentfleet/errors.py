@@ -5,6 +5,7 @@
     AgentFleetError
     ├── SpecError            the request itself is wrong: change it, nothing was done
     ├── OperationRefused     the request is fine, the fleet's present state forbids it
+    │   └── NotLeader        another manager leads this fleet now, or may: it acts, this one must not
     ├── RolloutFailed        the new revision does not work; the message says why and what runs now
     ├── DeadlineExceeded     an outside party did not answer in time; the outcome may be unknown
     ├── MissingExtra         an optional dependency is not installed; the message names the extra
@@ -40,6 +41,10 @@ class SpecError(AgentFleetError, ValueError):
 
 class OperationRefused(AgentFleetError):
     """The fleet cannot do this in its present state; the message says which state and what to do first."""
+
+
+class NotLeader(OperationRefused):
+    """This manager does not lead the fleet now, or not for long enough: nothing was sent. Whoever leads will act."""
 
 
 class RolloutFailed(AgentFleetError):

@@ -20,22 +20,17 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
-from agentfleet.autoscaler import MetricSource, Size
+from agentfleet import outcome
+from agentfleet.autoscaler import MetricSource
 from agentfleet.backends.base import Backend
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.configstore import ConfigStore
 from agentfleet.core.governor import Cause
 from agentfleet.core.reason import Reason
-from agentfleet.core.rollout import RolloutPhase
-from agentfleet.core.scaling import Decision
 from agentfleet.dispatch import Dispatcher
-from agentfleet.display import Report, table
-from agentfleet.endpoints import Endpoints
-from agentfleet.errors import ConfigInvalid, JournalError, OperationRefused, RolloutFailed, SpecError
-from agentfleet.events import Event
+from agentfleet.errors import ConfigInvalid, JournalError, OperationRefused, SpecError
 from agentfleet.feed import remembered
-from agentfleet.health import HealthMonitor
-from agentfleet.instances import Instance
+from agentfleet.reader import FleetReader
 from agentfleet.runtime import Runtime
 from agentfleet.signals.http import HttpClient
 from agentfleet.signals.probes import Prober
@@ -46,10 +41,10 @@ from agentfleet.stores.config_memory import MemoryConfig
 from agentfleet.stores.journal import Journal
 from agentfleet.stores.memory_journal import MemoryJournal
 from agentfleet.telemetry import Telemetry
-from agentfleet.view import FleetView
+from agentfleet.waiting import Timeout, period_of, timeout_of
 
 
-class Fleet:
+class Fleet(FleetReader):
     """A fleet of agents: deploy it, and it is kept as its spec says.
 
     Args:
@@ -62,8 +57,14 @@ class Fleet:
         config: Where the agents' configuration is published, under the fleet's name; a store of its own when omitted.
         prober: How instances are probed; by default as the backend says, else over the network.
         telemetry: Prometheus metrics of what happens; one of its own when omitted. Several fleets may share one.
-        usage_period: Seconds between measurements of what instances use.
+        usage_period: Time between measurements of what instances use, in seconds or like "5s".
         seed: Makes instance ids and jitter reproducible.
+
+    A `timeout` is a number of seconds, a duration like "30s", or None for no deadline; anything else is refused with
+    `SpecError` before anything is changed. It bounds the waiting alone: what was asked for goes on.
+
+    Raises:
+        SpecError: An argument is not usable, or the scaling policy names a metric that has no source.
     """
 
     def __init__(
@@ -77,13 +78,11 @@ class Fleet:
         config: ConfigStore | None = None,
         prober: Prober | None = None,
         telemetry: Telemetry | None = None,
-        usage_period: float = 5.0,
+        usage_period: float | str = 5.0,
         seed: int | None = None,
     ) -> None:
         if not isinstance(spec, FleetSpec):
             raise SpecError(f"spec must be a FleetSpec, not {type(spec).__name__}; see FleetSpec.from_yaml")
-        if not usage_period > 0:
-            raise SpecError(f"usage_period must be more than 0 seconds, not {usage_period!r}")
         self.spec = spec
         self.name = spec.name
         self.clock: Clock = clock or SystemClock()
@@ -104,38 +103,36 @@ class Fleet:
             metrics=metrics or {},
             prober=prober,
             telemetry=self.telemetry,
-            usage_period=usage_period,
+            usage_period=period_of(usage_period, "usage_period"),
             seed=seed,
         )
-        self._open = False
 
     async def __aenter__(self) -> Self:
-        if self._open:
-            raise OperationRefused(f"fleet {self.name} is open already")
         await self._runtime.__aenter__()
-        self._open = True
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        self._open = False
         return await self._runtime.__aexit__(kind, error, trace)
 
     # ------------------------------------------------------------------------------------------ operations
 
-    async def deploy(self, *, wait: bool = True, timeout: float | None = None) -> None:
+    async def deploy(self, *, wait: bool = True, timeout: Timeout = None) -> None:
         """Make the fleet as its spec says: the first time bring it up, later apply what the spec changed.
 
+        A paused fleet takes a changed template on, and rolls it out when it is resumed.
+
         Args:
-            wait: Return when every instance is healthy; otherwise at once.
-            timeout: Seconds to wait; None waits as long as the rollout's own deadline allows.
+            wait: Return when every instance is healthy, and a rollout, unless it is paused, is over; otherwise at once.
+            timeout: How long to wait for all of that; None waits as long as the rollout's own deadline allows.
 
         Raises:
             RolloutFailed: The instances do not become healthy. Deploying again tries again.
             DeadlineExceeded: `timeout` is over; the deployment goes on.
         """
-        self._check_open()
+        seconds = timeout_of(timeout)
+        self._runtime.check_open()
         state, spec, now = self.state, self.spec, self.clock.now()
         if state is None or state.deleted:
             number = 1 if state is None else state.revisions[-1].number + 1
@@ -149,43 +146,63 @@ class Fleet:
             state = replace(state, applied_template=spec.template, applied_replicas=spec.replicas).tried_again(now)
             self._set(state, "fleet.deployed", replicas=state.replicas, revision=state.target)
         if wait:
-            await self._rolled_out(state.target, timeout)
-            if state.desired:
-                await self.ready(timeout=timeout)
+            await outcome.brought_up(self._runtime, state, seconds)
 
     async def upgrade(
-        self, version: str | None = None, *, wait: bool = True, timeout: float | None = None, **changes: Any
+        self, version: str | None = None, *, wait: bool = True, timeout: Timeout = None, **changes: Any
     ) -> Revision:
         """Roll out a new revision: another version, or any other change of the template (command, env, cpu, …).
 
+        A fleet that is stopped or paused takes the revision on, stays as it is, and rolls it out when it is started or
+        resumed; there is nothing to wait for then. A pause that comes later prolongs the wait.
+
+        Args:
+            version: The new version; None keeps it.
+            wait: Return when the rollout is over; otherwise at once.
+            timeout: How long to wait; None waits as long as the rollout's own deadline allows.
+            changes: Other fields of the template and their new values.
+
         Raises:
-            RolloutFailed: It did not work out; where the policy says so the fleet has been rolled back.
+            RolloutFailed: It did not work out; where the policy says so the fleet has been rolled back. The message
+                tells how many instances failed, and of the last one how.
             pydantic.ValidationError: A change is not valid; nothing was changed.
-            OperationRefused: Nothing would change, the fleet is not deployed, or it was stopped before the end. A fleet
-                that is stopped already takes the revision on, and rolls it out when it is started.
+            OperationRefused: Nothing would change, the fleet is not deployed, or it was stopped before the end.
+            DeadlineExceeded: `timeout` is over; the rollout goes on.
         """
-        state = self._deployed()
+        seconds = timeout_of(timeout)
+        state = self._runtime.deployed()
         if version is not None:
             changes["version"] = version
         template: AgentTemplate = state.template.replace(**changes)
         if template == state.template:
             raise OperationRefused(f"fleet {self.name} runs this template already (revision {state.target})")
         state = state.with_revision(template, "upgrade", self.clock.now(), self.spec.rollout.keep_revisions)
-        self._set(state, "rollout.started", revision=state.target, version=template.version, cause="upgrade")
+        told = {"version": template.version, "cause": "upgrade", "paused": state.paused}
+        self._set(state, "rollout.started", revision=state.target, **told)
         if wait:
-            await self._rolled_out(state.target, timeout)
+            await outcome.rolled_out(self._runtime, state, seconds)
         return self._revision(state.target)
 
-    async def rollback(self, to: int | None = None, *, wait: bool = True, timeout: float | None = None) -> Revision:
+    async def rollback(self, to: int | None = None, *, wait: bool = True, timeout: Timeout = None) -> Revision:
         """Return to a kept revision: the last good one, or any that is named.
 
         A revision that is left for an older one is not good any more: nothing returns to it by itself.
 
+        Args:
+            to: Number of the revision; None is the last good one.
+            wait: Return when the rollout is over; otherwise at once.
+            timeout: How long to wait; None waits as long as the rollout's own deadline allows.
+
         Raises:
-            OperationRefused: There is no such revision.
+            SpecError: `to` is no number of a revision; nothing was changed.
+            OperationRefused: There is no such revision, or the fleet is paused.
             RolloutFailed: It does not work either.
+            DeadlineExceeded: `timeout` is over; the rollout goes on.
         """
-        state = self._deployed()
+        seconds = timeout_of(timeout)
+        state = self._runtime.deployed()
+        if state.paused:
+            raise OperationRefused(f"fleet {self.name} is paused, so nothing rolls back; await fleet.resume() first")
         if to is not None and type(to) is not int:
             raise SpecError(f"to must be the number of a revision, not {to!r}")
         target = to if to is not None else state.fallback
@@ -199,13 +216,16 @@ class Fleet:
         state = state.with_target(target, self.clock.now())
         self._set(state, "rollout.started", revision=target, cause="rollback", replaces=before)
         if wait:
-            await self._rolled_out(target, timeout)
+            await outcome.rolled_out(self._runtime, state, seconds)
         return self._revision(target)
 
     async def scale(self, replicas: int, reasons: Sequence[Reason] | None = None) -> None:
         """Ask for another size; returns at once.
 
-        An operator's word goes before the autoscaler's in the same turn; later the autoscaler goes on from there.
+        **With a scaling policy this size does not last.** An operator's word goes before the autoscaler's in the same
+        turn; from the next `scaling.period` on the autoscaler goes on from there, and returns to what the metrics ask
+        for as fast as the policy's windows and rules allow. To hold a size, change the policy: deploy a spec with other
+        `min_replicas` and `max_replicas`. (0 lasts: a fleet that was scaled to 0 stays there.)
 
         Args:
             replicas: Instances wanted.
@@ -215,7 +235,7 @@ class Fleet:
             SpecError: Not a whole number, negative, or outside the scaling policy's bounds.
             OperationRefused: The fleet is not deployed.
         """
-        self._deployed()
+        self._runtime.deployed()
         if type(replicas) is not int or not 0 <= replicas <= 1_000_000:  # True is an int, and no size
             raise SpecError(f"replicas must be a whole number from 0 to 1,000,000, not {replicas!r}")
         policy = self.spec.scaling
@@ -228,31 +248,65 @@ class Fleet:
         self._runtime.turn.sizing.offer(Intent(cause, replicas, tuple(reasons or ())))
         self._runtime.wake()
 
-    async def stop(self, *, wait: bool = True, timeout: float | None = None) -> None:
-        """Drain and end all instances, and remember the size for `start`."""
-        self._set(replace(self._deployed(), running=False), "fleet.stopped")
-        if wait:
-            await self._runtime.until(lambda: not self.view, timeout, "all instances are gone")
+    async def stop(self, *, wait: bool = True, timeout: Timeout = None) -> None:
+        """Drain and end all instances, and remember the size for `start`.
 
-    async def start(self, *, wait: bool = True, timeout: float | None = None) -> None:
-        """Bring a stopped fleet back to its size."""
-        state = self._deployed()
+        Args:
+            wait: Return when no instance is left; otherwise at once. An instance whose node cannot be reached is there
+                until the backend says that it is gone.
+            timeout: How long to wait; None waits for as long as that takes.
+
+        Raises:
+            OperationRefused: The fleet is not deployed, or was started again meanwhile.
+            DeadlineExceeded: `timeout` is over; stopping goes on. Stopping again waits again.
+        """
+        seconds = timeout_of(timeout)
+        self._set(replace(self._runtime.deployed(), running=False), "fleet.stopped")
+        if wait:
+            await outcome.emptied(self._runtime, seconds)
+
+    async def start(self, *, wait: bool = True, timeout: Timeout = None) -> None:
+        """Bring a stopped fleet back to its size.
+
+        Args:
+            wait: Return when as many instances as wanted are healthy; otherwise at once.
+            timeout: How long to wait; None waits for as long as that takes.
+
+        Raises:
+            OperationRefused: The fleet is not deployed.
+            DeadlineExceeded: `timeout` is over; starting goes on.
+        """
+        seconds = timeout_of(timeout)
+        state = self._runtime.deployed()
         self._set(replace(state, running=True), "fleet.started", replicas=state.replicas)
         if wait:
-            await self.ready(timeout=timeout)
+            await outcome.ready(self._runtime, seconds)
 
     async def pause(self) -> None:
-        """Hold the rollout where it is; size and health are still kept."""
-        self._set(replace(self._deployed(), paused=True), "fleet.paused")
+        """Hold the rollout where it is, and those to come, until `resume`; size and health are still kept."""
+        self._set(replace(self._runtime.deployed(), paused=True), "fleet.paused")
 
     async def resume(self) -> None:
         """Go on with a paused rollout."""
-        self._set(replace(self._deployed(), paused=False), "fleet.resumed")
+        self._set(replace(self._runtime.deployed(), paused=False), "fleet.resumed")
 
-    async def delete(self, *, timeout: float | None = None) -> None:
-        """Drain and end all instances and forget the fleet; its journal stays."""
-        self._set(replace(self._deployed(), deleted=True), "fleet.deleted")
-        await self._runtime.until(lambda: not self.view, timeout, "all instances are gone")
+    async def delete(self, *, timeout: Timeout = None) -> None:
+        """Drain and end all instances and forget the fleet; its journal stays. Deleting again waits again.
+
+        Args:
+            timeout: How long to wait until no instance is left; None waits for as long as that takes. An instance whose
+                node cannot be reached is there until the backend says that it is gone.
+
+        Raises:
+            OperationRefused: The fleet was never deployed, or was deployed anew meanwhile.
+            DeadlineExceeded: `timeout` is over; the deletion goes on.
+        """
+        seconds = timeout_of(timeout)
+        state = self.state
+        if state is None or not state.deleted:
+            self._set(replace(self._runtime.deployed(), deleted=True), "fleet.deleted")
+        self._runtime.check_open()
+        await outcome.emptied(self._runtime, seconds)
 
     async def restart(self, id: str) -> None:
         """Restart one instance in place, now; refused when the disruption budget is spent.
@@ -260,7 +314,7 @@ class Fleet:
         Raises:
             OperationRefused: No such instance, or the governor holds it; the message says why.
         """
-        self._deployed()
+        self._runtime.deployed()
         self._runtime.turn.restart(id, self.clock.now())
         self._runtime.wake()
 
@@ -271,7 +325,7 @@ class Fleet:
         author: str = "operator",
         reason: str = "configure",
         wait: bool = True,
-        timeout: float | None = None,
+        timeout: Timeout = None,
     ) -> int:
         """Publish a configuration and push it to every agent.
 
@@ -280,224 +334,60 @@ class Fleet:
             author: Who changes it.
             reason: Why.
             wait: Return when every running agent has acknowledged or refused it.
-            timeout: Seconds to wait.
+            timeout: How long to wait; None waits until all have answered.
 
         Returns:
             The new revision.
 
         Raises:
+            SpecError: `author`, `reason` or `timeout` is not usable; nothing was changed.
             ConfigInvalid: The document fails validation; nothing was changed.
             DeadlineExceeded: Not everybody has answered in time; the push goes on.
         """
-        self._check_open()
+        seconds = timeout_of(timeout)
+        self._runtime.check_open()
         if not isinstance(document, Mapping | BaseModel):
             raise ConfigInvalid(f"the document must be an object with named settings, not {type(document).__name__}")
         stored = await self.config.put(self.name, document, author=author, reason=reason)
         if wait:
             feed = self._runtime.feed
             answered = "all agents have answered"
-            await self._runtime.within(timeout, answered, lambda: feed.wait_settled(stored.revision))
+            await self._runtime.waiting.within(seconds, answered, lambda: feed.wait_settled(stored.revision))
         return stored.revision
-
-    # ------------------------------------------------------------------------------------------ reading
-
-    @property
-    def state(self) -> FleetState | None:
-        """Desired state; None before the first deployment."""
-        return self._runtime.desk.state
-
-    @property
-    def view(self) -> FleetView:
-        """Everything known of the instances. Read it; the fleet's loops write it."""
-        return self._runtime.desk.view
-
-    @property
-    def monitor(self) -> HealthMonitor:
-        """The fleet's health monitor: verdicts, statistics, heartbeats that come by other ways."""
-        return self._runtime.monitor
-
-    @property
-    def decision(self) -> Decision | None:
-        """The autoscaler's last decision."""
-        autoscaler = self._runtime.autoscaler
-        return autoscaler.last_decision if autoscaler is not None else None
-
-    @property
-    def instances(self) -> tuple[Instance, ...]:
-        """Every instance that exists, as last seen."""
-        return tuple(member.instance for member in self.view.members.values())
-
-    def endpoints(self) -> Endpoints:
-        """A live view of the instances that work may be sent to."""
-        return self._runtime.endpoints
 
     @asynccontextmanager
     async def dispatcher(self, **options: Any) -> AsyncIterator[Dispatcher]:
         """A least-loaded dispatcher in front of this fleet, with the tasks that the journal says are open taken up.
 
-        While it is open its depth is the fleet's "queue" metric.
+        While it is open its depth is the fleet's "queue" metric; the depths of several are added up. One that is opened
+        beside another leaves the tasks in the journal alone: they are the other's.
 
         Args:
             options: Limits of `Dispatcher`, such as `per_instance` and `max_attempts`.
         """
-        self._check_open()
+        self._runtime.check_open()
         async with (
             HttpClient() as http,
             Dispatcher(
                 self.endpoints(), http=http, clock=self.clock, journal=self.journal, fleet=self.name, **options
             ) as dispatcher,
         ):
-            await dispatcher.recover()
-            self._runtime.queue_depth = lambda: dispatcher.depth
-            try:
+            if not self._runtime.meter.has_queue:
+                await dispatcher.recover()
+            with self._runtime.meter.queueing(lambda: dispatcher.depth):
                 yield dispatcher
-            finally:
-                self._runtime.queue_depth = None
 
-    def status(self) -> Mapping[str, Any]:
-        """Where the fleet stands, in numbers."""
-        state, counts = self.state, self.view.total_counts()
-        return {
-            "desired": state.desired if state else 0,
-            "good": counts.good,
-            "idle": counts.idle,
-            "busy": counts.busy,
-            "starting": counts.pending + counts.starting + counts.fresh,
-            "unknown": counts.unknown,
-            "sick": counts.sick,
-            "dead": counts.dead,
-            "draining": self.view.draining,
-            "revision": state.target if state else None,
-            "version": state.template.version if state else None,
-            "rolling": bool(state and state.rolling),
-            "frozen": self._runtime.turn.frozen,
-            "tasks_completed": self.view.completed,
-            "tasks_failed": self.view.failed,
-        }
-
-    def revisions(self) -> tuple[Revision, ...]:
-        """Kept revisions, oldest first."""
-        return self.state.revisions if self.state is not None else ()
-
-    def events(self, *, after: int | None = None) -> AsyncIterator[Event]:
-        """What happens, from the opening of this fleet on (or after a journal position), without end."""
-        return self.journal.follow(fleet=self.name, after=self._runtime.first_seq if after is None else after)
-
-    async def logs(self, id: str, *, lines: int = 100) -> Sequence[str]:
-        """The last lines an instance wrote."""
-        return await self._runtime.backend.logs(self.name, id, lines=lines)
-
-    def report(self) -> Report:
-        """The fleet as a table, one row per instance."""
-        now = self.clock.now()
-        rows = [
-            (
-                member.instance.id,
-                member.instance.version,
-                member.condition,
-                member.health,
-                member.instance.node,
-                member.instance.restarts,
-                None if member.instance.started_at is None else round(now - member.instance.started_at),
-                member.in_flight,
-                member.completed,
-                member.failed,
-                None if member.latency is None else round(member.latency * 1000, 1),
-                member.cpu,
-                None if member.memory is None else round(member.memory / 2**20, 1),
-            )
-            for member in self.view.members.values()
-        ]
-        status = self.status()
-        title = f"fleet {self.name}: {status['good']} of {status['desired']} healthy, version {status['version']}"
-        columns = (
-            "instance",
-            "version",
-            "is",
-            "health",
-            "node",
-            "restarts",
-            "age s",
-            "busy",
-            "done",
-            "failed",
-            "ms",
-            "cpu",
-            "MiB",
-        )
-        return table(title, columns, sorted(rows, key=lambda row: str(row[0])))
-
-    def _repr_html_(self) -> str:
-        return self.report()._repr_html_()
-
-    def __repr__(self) -> str:
-        status = self.status() if self.state is not None else None
-        where = "not deployed" if status is None else f"{status['good']} of {status['desired']} healthy"
-        return f"<Fleet {self.name}: {where}>"
-
-    async def size(self) -> Size:
-        """The present size (what an autoscaler needs to know)."""
-        state = self.state
-        counts = self.view.total_counts()
-        return Size(state.desired if state is not None else 0, counts.total, counts.good)
-
-    # ------------------------------------------------------------------------------------------ waiting
-
-    async def ready(self, *, timeout: float | None = None) -> None:
-        """Wait until as many instances as wanted are healthy and no others are there."""
-
-        def enough() -> bool:
-            state = self.state
-            counts = self.view.total_counts()
-            return state is not None and counts.good == counts.total == state.desired
-
-        await self._runtime.until(enough, timeout, "all instances are healthy")
-
-    async def _rolled_out(self, number: int, timeout: float | None) -> None:
-        def over() -> bool:
-            state = self.state
-            assert state is not None
-            return not state.desired or not state.rolling
-
-        was_wanted = self.state is not None and self.state.desired > 0
-        await self._runtime.until(over, timeout, f"revision {number} is rolled out")
-        state = self.state
-        assert state is not None
-        if state.rolling:
-            if was_wanted:
-                raise OperationRefused(f"revision {number} is not rolled out yet: the fleet was stopped; start it")
-            return
-        if state.target != number or state.rollout.phase is RolloutPhase.FAILED:
-            why = self._why(number)
-            runs = f"the fleet runs revision {state.target} ({state.template.version})"
-            raise RolloutFailed(f"revision {number} could not be rolled out: {why}; {runs}")
+    # ------------------------------------------------------------------------------------------ inside
 
     def _revision(self, number: int) -> Revision:
         """A revision as it is kept now."""
-        found = self._deployed().revision(number)
+        found = self._runtime.deployed().revision(number)
         assert found is not None
         return found
 
-    def _why(self, number: int) -> str:
-        for event in reversed(self.journal.read(fleet=self.name, after=self._runtime.first_seq)):
-            if event.kind == "rollout.failed" and event.data.get("revision") == number:
-                return "; ".join(reason["text"] for reason in event.reasons)
-        return "another revision was asked for meanwhile"
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise OperationRefused(f"fleet {self.name} is not open; use it inside 'async with Fleet(...) as fleet:'")
-
-    def _deployed(self) -> FleetState:
-        self._check_open()
-        state = self.state
-        if state is None or state.deleted:
-            raise OperationRefused(f"fleet {self.name} is not deployed; await fleet.deploy() first")
-        return state
-
     def _set(self, state: FleetState, kind: str, **data: Any) -> None:
         """Take over a new desired state, recorded before anything is done about it."""
-        self._check_open()
+        self._runtime.check_open()
         desk = self._runtime.desk
         before, desk.state = desk.state, state
         try:

@@ -46,7 +46,7 @@ _SLOTS = 128
 _TICK = -1
 
 OnVerdict = Callable[[str, Verdict, AgentStatus | None], None]
-OnStatus = Callable[[str, AgentStatus | None, float, bool], None]
+OnStatus = Callable[[str, str, AgentStatus | None, float, bool], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,8 @@ class HealthMonitor:
         clock: Where time comes from.
         on_verdict: Called with id, verdict and the agent's status on each change of a verdict. Must not block; an
             exception ends the monitor.
-        on_status: Called with id, status (None where the check asks for none), latency in seconds and success after
-            each probe. Same rules.
+        on_status: Called with id, kind of check ("http", "tcp" or "custom"), status (None where the check asks for
+            none), latency in seconds and success after each probe. Same rules.
         credential: Gives the bearer token that an instance wants to see.
         concurrency: Probes under way at any instant, at most.
     """
@@ -262,14 +262,14 @@ class HealthMonitor:
 
     # -------------------------------------------------------------------------------------------- deciding
 
-    def _decide(self, watched: _Watched, signal: Signal, now: float, status: AgentStatus | None = None) -> None:
+    def _decide(self, watched: _Watched, signal: Signal, now: float, status: AgentStatus | None = None) -> Verdict:
         verdict, watched.memory = decide(self._policy, signal, watched.memory, now)
         if verdict.wake is not None and (watched.tick_at is None or verdict.wake < watched.tick_at):
             watched.tick_at = verdict.wake
             self._agenda.put(verdict.wake, (watched, _TICK, 0))
         before = watched.verdict
         if verdict.state is HealthState.HEALTHY and before.state is HealthState.HEALTHY and before.reasons:
-            return  # by far the commonest case; the first verdict's reasons still hold
+            return verdict  # by far the commonest case; the first verdict's reasons still hold
         watched.verdict = verdict
         self._count_eager(watched, eager=verdict.state is HealthState.STARTING and watched.askable())
         if verdict.state is not before.state or verdict.since != before.since:
@@ -277,6 +277,7 @@ class HealthMonitor:
                 subscriber.put(VerdictChange(watched.instance.id, verdict, before.state, status))
             if self._on_verdict is not None:
                 self._on_verdict(watched.instance.id, verdict, status)
+        return verdict
 
     def _tick(self, watched: _Watched, due: float, now: float) -> None:
         if watched.plan < 0 or watched.tick_at != due:
@@ -355,6 +356,7 @@ class HealthMonitor:
         watched, index, plan = job
         checks = self._policy.checks
         now = asked = self._clock.now()
+        again = False
         if plan == watched.plan:
             instance = watched.instance
             credential = self._credential(instance) if self._credential is not None else None
@@ -364,19 +366,20 @@ class HealthMonitor:
             self._probes += 1
             self._failures += not probed.ok
             if plan == watched.plan:
-                self._take(watched, probed, self._agenda.stalled(now) - stalled, now)
+                again = self._take(watched, checks[index].kind, probed, self._agenda.stalled(now) - stalled, now)
         watched.busy &= ~(1 << index)
         if plan == watched.plan:
-            self._ask(watched, index, self._next(watched, index, asked, now))
+            self._ask(watched, index, now if again else self._next(watched, index, asked, now))
         elif watched.plan >= 0 and index < len(self._policy.checks):
             self._ask(watched, index, self._clock.now())  # it has restarted meanwhile: ask the new life
 
-    def _take(self, watched: _Watched, probed: Probed, lag: float, now: float) -> None:
-        """Judge a probe that has ended."""
+    def _take(self, watched: _Watched, kind: str, probed: Probed, lag: float, now: float) -> bool:
+        """Judge a probe that has ended; whether it is to be repeated at once."""
         if self._on_status is not None:
-            self._on_status(watched.instance.id, probed.status, probed.latency, probed.ok)
+            self._on_status(watched.instance.id, kind, probed.status, probed.latency, probed.ok)
         self._excuse(watched, now)
-        self._decide(watched, replace(probed, lag=probed.lag + lag) if lag > 0 else probed, now, probed.status)
+        heard = replace(probed, lag=probed.lag + lag) if lag > 0 else probed
+        return self._decide(watched, heard, now, probed.status).again
 
 
 def _listens(policy: HealthPolicy) -> bool:

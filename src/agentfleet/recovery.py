@@ -7,7 +7,7 @@ changed or whose waiting time is over. It works alone: a controller of one's own
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -49,6 +49,8 @@ class Recovery:
         self._wishes: dict[int, Wish] = {}
         self._due: list[tuple[float, int]] = []
         self._due_at: dict[int, float] = {}
+        self.hopeless = 0
+        """Slots that were left to a human."""
 
     def touch(self, slot: int) -> None:
         """Say that something changed in a slot."""
@@ -104,9 +106,11 @@ class Recovery:
         """The `count` wishes that have waited longest."""
         return list(islice(self._wishes.values(), count))
 
-    def wish(self, slot: int) -> Wish | None:
-        """What is wanted for a slot."""
-        return self._wishes.get(slot)
+    def wishes_of(self, slots: Collection[int]) -> list[Wish]:
+        """The wishes for any of these slots; costs the smaller of the two."""
+        if len(slots) < len(self._wishes):
+            return [self._wishes[slot] for slot in slots if slot in self._wishes]
+        return [wish for slot, wish in self._wishes.items() if slot in slots]
 
     def acted(self, slot: int, remedy: Remedy, now: float) -> RecoveryMemory:
         """Note that a remedy is being carried out; returns the slot's new memory, to be recorded."""
@@ -129,7 +133,7 @@ class Recovery:
         """The slot is not wanted any more."""
         self._wishes.pop(slot, None)
         self._due_at.pop(slot, None)
-        self._memories.pop(slot, None)
+        self._keep(slot, RecoveryMemory())
 
     def next_due(self) -> float | None:
         """When `examine` has something to do even if nothing changes."""
@@ -138,6 +142,7 @@ class Recovery:
         return self._due[0][0] if self._due else None
 
     def _keep(self, slot: int, memory: RecoveryMemory) -> None:
+        self.hopeless += memory.asked - self.memory(slot).asked
         if memory == RecoveryMemory():
             self._memories.pop(slot, None)
         else:

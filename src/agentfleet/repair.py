@@ -80,8 +80,11 @@ class Repair:
         return Case(
             ailment,
             instance.created_at if ailment is Ailment.UNPROVEN else self._sick_since.get(slot, now),
+            late_at=instance.created_at + desk.spec.rollout.progress_deadline if _is_behind(member) else None,
+            placed=member.condition is not Condition.PENDING,
             other_nodes=self._other_nodes(instance.node),
             revision_sick=(counts.sick + counts.dead) / max(1, counts.total),
+            crowd=self._recovery.hopeless / max(1, desk.spec.recovery.budget(state.desired)),
             can_roll_back=instance.revision == state.target
             and state.fallback is not None
             and not state.rollout.is_rollback,
@@ -113,10 +116,10 @@ class Repair:
 
         Of the latter one more than the budget, so that what is held back is recorded; the rest waits unseen.
         """
-        state = self._desk.wanted
-        under_way = [self._recovery.wish(item.slot) for item in state.governor.in_flight]
-        waiting = self._recovery.wishes(self._desk.spec.recovery.budget(state.desired) + 1)
-        return list({wish.slot: wish for wish in (*under_way, *waiting) if wish is not None}.values())
+        book, recovery = self._desk.disruptions, self._recovery
+        under_way = recovery.wishes_of(book)
+        waiting = recovery.wishes(self._desk.spec.recovery.budget(self._desk.wanted.desired) + 1)
+        return list({wish.slot: wish for wish in (*under_way, *waiting)}.values())
 
     # ------------------------------------------------------------------------------------------ acting
 
@@ -158,8 +161,9 @@ class Repair:
     def forget(self, slot: int) -> None:
         """The place is given up: who fills it next starts without its history."""
         self._sick_since.pop(slot, None)
-        if self._recovery.memory(slot) != RecoveryMemory():
-            self._recovery.forget(slot)
+        known = self._recovery.memory(slot) != RecoveryMemory()
+        self._recovery.forget(slot)  # a wish that was never carried out must not meet the next instance either
+        if known:
             self._remember(slot)
 
     def _remember(self, slot: int) -> None:
@@ -175,6 +179,11 @@ def _ailment(member: Member) -> Ailment:
     if condition is Condition.DEAD:
         return Ailment.LOST if member.instance.phase is Phase.LOST else Ailment.EXITED
     return Ailment.UNPROVEN
+
+
+def _is_behind(member: Member) -> bool:
+    """Whether it is known not to work yet; of one whose health is unknown nothing is known."""
+    return member.condition in (Condition.PENDING, Condition.STARTING)
 
 
 def _is_harmless(member: Member, wish: Wish) -> bool:

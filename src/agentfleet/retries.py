@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+from typing import TYPE_CHECKING
 
 from agentfleet.clock import Clock
 from agentfleet.errors import BackendUnavailable, Conflict, DeadlineExceeded
+
+if TYPE_CHECKING:
+    from tenacity import AsyncRetrying, RetryCallState
 
 
 def transient(
@@ -25,6 +27,7 @@ def transient(
         initial: Seconds before the second attempt, at most.
         limit: Longest wait in seconds.
     """
+    from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt  # noqa: PLC0415 - slow to import
 
     def wait(state: RetryCallState) -> float:
         span = min(limit, initial * 2.0 ** (state.attempt_number - 1))

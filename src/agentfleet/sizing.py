@@ -56,6 +56,10 @@ class Sizing:
         """The instance in this slot is being replaced: the next one fills the same slot and inherits its history."""
         self._vacated[slot] = None
 
+    def is_empty(self, slot: int) -> bool:
+        """Whether nobody fills a slot."""
+        return self._desk.view.holder(slot) is None
+
     def accepted(self, action: str) -> None:
         """The backend accepted a creation or a stop."""
         if action in self._failures:
@@ -75,6 +79,7 @@ class Sizing:
             self.count_failure(member.instance.revision)
         if not member.seen:
             self._desk.view.remove(id)
+            self._desk.disruptions.emptied(member.instance.slot)
 
     def _wait(self, action: str, now: float) -> None:
         """Wait before the next action of this kind, longer each time."""
@@ -180,8 +185,8 @@ class Sizing:
         if state.revision(number) is None:
             return  # its template is not kept any more: the rollout will bring these places to the target
         # places that were disrupted come first: a disruption is over, and a history goes on, when the slot is filled
-        disrupted = [item.slot for item in state.governor.in_flight]
-        vacant = (slot for slot in dict.fromkeys((*disrupted, *self._vacated)) if view.holder(slot) is None)
+        disrupted = self._desk.disruptions.unfilled(self.is_empty)
+        vacant = (slot for slot in dict.fromkeys((*disrupted, *self._vacated)) if self.is_empty(slot))
         first = list(islice(vacant, count))
         for slot in first:
             self._vacated.pop(slot, None)

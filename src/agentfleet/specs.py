@@ -6,172 +6,16 @@ name and the fix. Nothing in this module acts.
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, field_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from agentfleet.errors import SpecError
 from agentfleet.frozen import FrozenDict
-from agentfleet.units import Cpu, Duration, Memory, Period, Share, share_of, show
-
-_MOST_LINES = 20
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
-
-
-def _listed(value: object) -> object:
-    """Lists become tuples, so that YAML, JSON and Python callers may all write [a, b]."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-if TYPE_CHECKING:
-    Listed = Sequence
-else:
-
-    class Listed:
-        """Written as any list, kept as a tuple: what `Sequence` means to a type checker here."""
-
-        def __class_getitem__(cls, item: object) -> object:
-            """The pydantic form of a list of `item`."""
-            return Annotated[tuple[item, ...], BeforeValidator(_listed)]
-
-
-def _name(value: str) -> str:
-    if not _NAME.fullmatch(value):
-        raise PydanticCustomError(
-            "name", "use 1 to 63 lower-case letters, digits and '-', starting and ending with a letter or digit"
-        )
-    return value
-
-
-def _text(value: str) -> str:
-    if not value or not value.isprintable():
-        raise PydanticCustomError("text", "must be printable text and not empty")
-    return value
-
-
-def _argument(value: str) -> str:
-    if not value or "\0" in value:
-        raise PydanticCustomError("text", "must not be empty and hold no NUL; several lines are fine")
-    return value
-
-
-def _path(value: str) -> str:
-    if not value.startswith("/") or not value.isascii() or not value.isprintable() or " " in value:
-        raise PydanticCustomError("path", "must be an absolute URL path such as '/health'")
-    return value
-
-
-Name = Annotated[str, AfterValidator(_name), Field(examples=["researchers"])]
-Text = Annotated[str, Field(max_length=4096), AfterValidator(_text)]
-Argument = Annotated[str, Field(max_length=131_072), AfterValidator(_argument)]
-UrlPath = Annotated[str, Field(max_length=1024, examples=["/health"]), AfterValidator(_path)]
-Count = Annotated[int, Field(ge=0, le=1_000_000)]
-Positive = Annotated[int, Field(ge=1, le=1_000_000)]
-Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Metric = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Spec(BaseModel):
-    """Base of every spec: frozen, strict, no unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        defer_build=True,
-        ser_json_inf_nan="constants",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: object) -> object:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    written = key if isinstance(key, str) and len(key) <= 80 and key.isprintable() else show(key)
-                    close = difflib.get_close_matches(written, cls.model_fields, n=1)
-                    hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(cls.model_fields)}"
-                    raise PydanticCustomError(
-                        "unknown_field", "unknown field '{field}'; {hint}", {"field": written, "hint": hint}
-                    )
-        return data
-
-    @classmethod
-    def parse(cls, data: object, *, source: str = "input") -> Self:
-        """Validate plain data (dicts, lists, words).
-
-        Raises:
-            SpecError: Each wrong field on a line of its own, with the fix.
-        """
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise SpecError(describe(error, f"{source} is not a valid {cls.__name__}")) from error
-
-    @classmethod
-    def from_yaml(cls, text: str) -> Self:
-        """Read a spec from YAML text; raises `SpecError` that names each wrong field."""
-        try:
-            data = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            # the last ones: PyYAML on tags that do not fit their values, such as "!!int ''" and "!!timestamp x"
-            raise SpecError(f"this is not YAML: {' '.join(str(error).split())[:300]}") from error
-        return cls.parse(data, source="the YAML text")
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
-        """Read a spec from JSON text; raises `SpecError` that names each wrong field."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SpecError(f"this is not JSON: {error}") from error
-        return cls.parse(data, source="the JSON text")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data in words, without fields left at their defaults of None."""
-        return self.model_dump(mode="json", exclude_none=True)
-
-    def to_json(self) -> str:
-        """JSON text that `from_json` reads back to an equal spec."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
-
-    def to_yaml(self) -> str:
-        """YAML text that `from_yaml` reads back to an equal spec."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated like a new one."""
-        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
-
-
-def describe(error: ValidationError, title: str) -> str:
-    """A validation error as people read it: one line a field."""
-    lines = [f"{title}:"]
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    for item in found[:_MOST_LINES]:
-        place = ".".join(str(part) if len(str(part)) <= 80 else show(part) for part in item["loc"]) or "(the whole)"
-        lines.append(f"  {place}: {item['msg']}".encode("utf-8", "backslashreplace").decode())
-    if len(found) > _MOST_LINES:
-        lines.append(f"  … and {len(found) - _MOST_LINES} more")
-    return "\n".join(lines)
-
+from agentfleet.kubespec import KubernetesOptions
+from agentfleet.specbase import Argument, Count, Listed, Metric, Name, Positive, Ratio, Spec, Text, UrlPath
+from agentfleet.units import Cpu, Duration, Memory, Period, Share, share_of
 
 # ------------------------------------------------------------------------------------------------ the agent
 
@@ -195,6 +39,8 @@ class AgentTemplate(Spec):
     """Where the agent answers HTTP. An embedded backend gives each instance a free port of its own instead, in PORT."""
     drain: Duration = 30.0
     """How long an instance may finish its work after SIGTERM before it is killed."""
+    kubernetes: KubernetesOptions | None = None
+    """What only Kubernetes needs to know: image, references, placement, security."""
 
     @model_validator(mode="after")
     def _check_env(self) -> Self:
@@ -293,12 +139,17 @@ def _down() -> ScalingBehavior:
     return ScalingBehavior(stabilization=300, rules=(ScalingRule(percent=100),))
 
 
+def _targets() -> tuple[Target, ...]:
+    return (CpuTarget(utilization=80),)
+
+
 class ScalingPolicy(Spec):
     """When to add and remove instances. The defaults are those of Kubernetes' HorizontalPodAutoscaler."""
 
     min_replicas: Count = 1
     max_replicas: Positive
-    targets: Annotated[Listed[Target], Field(min_length=1, max_length=32)] = (CpuTarget(utilization=80),)
+    targets: Annotated[Listed[Target], Field(min_length=1, max_length=32)] = Field(default_factory=_targets)
+    """What to keep to; the target that asks for most wins. By default CPU at 80 % of what instances asked for."""
     period: Period = 15.0
     """Time between decisions."""
     up: ScalingBehavior = Field(default_factory=_up)
@@ -457,7 +308,7 @@ class RecoveryPolicy(Spec):
     """Whether a revision whose instances stay sick is rolled back to the last good one."""
     grace: Duration = 5.0
     """How long a sick instance may finish its work before it is killed; never more than template.drain."""
-    backoff: Backoff = Backoff()
+    backoff: Backoff = Field(default_factory=Backoff)
     """Waiting between attempts on one instance."""
     settle: Period = 60.0
     """An attempt has failed when the instance is not healthy after this long."""
@@ -507,9 +358,9 @@ class FleetSpec(Spec):
     template: AgentTemplate
     replicas: Count = 1
     scaling: ScalingPolicy | None = None
-    health: HealthPolicy = HealthPolicy()
-    recovery: RecoveryPolicy = RecoveryPolicy()
-    rollout: RolloutPolicy = RolloutPolicy()
+    health: HealthPolicy = Field(default_factory=HealthPolicy)
+    recovery: RecoveryPolicy = Field(default_factory=RecoveryPolicy)
+    rollout: RolloutPolicy = Field(default_factory=RolloutPolicy)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

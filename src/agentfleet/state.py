@@ -1,11 +1,13 @@
 """What a fleet wants and remembers: the part that must outlive its manager.
 
-One frozen value, replaced as a whole by the single writer (`fleet.Fleet`), journaled as "state.fleet" when it changed.
-A manager that starts on the same journal takes it up and goes on without a twitch.
+One frozen value, replaced as a whole by the single writer (`fleet.Fleet`). What lasts is journaled as "state.fleet"
+when it changed, what changes often as the small "state.progress", disruptions under way each by itself
+(`disruptions`). A manager that starts on the same journal takes it up and goes on without a twitch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,7 +52,7 @@ class FleetState:
         revisions: Kept revisions, oldest first; a number is never used again.
         rollout: Memory of the present or last rollout.
         failures: Instances of the target that failed since the rollout began.
-        governor: Memory of the disruption governor.
+        governor: Memory of the disruption governor's brake.
         applied_template: The template of the last applied spec, to tell what a newer spec changes.
         applied_replicas: Likewise.
         deleted: Whether the fleet is being or has been deleted.
@@ -99,10 +101,10 @@ class FleetState:
     # Each change below returns a new state; none of them acts.
 
     def with_revision(self, template: AgentTemplate, cause: str, now: float, keep: int) -> FleetState:
-        """Begin a rollout to a new revision."""
+        """Begin a rollout to a new revision; a paused fleet stays paused."""
         number = self.revisions[-1].number + 1
         kept = _trim((*self.revisions, Revision(number, template, now, cause)), number, keep)
-        return replace(self, target=number, revisions=kept, rollout=begin(number, now), failures=0, paused=False)
+        return replace(self, target=number, revisions=kept, rollout=begin(number, now), failures=0)
 
     def tried_again(self, now: float) -> FleetState:
         """Begin a failed rollout anew, because somebody asked for it."""
@@ -139,6 +141,19 @@ class FleetState:
         """The state as a new manager takes it up: while nobody managed it, its rollout's deadline stood still."""
         rollout = replace(self.rollout, progressed_at=now, best=None) if self.rolling else self.rollout
         return replace(self, rollout=rollout)
+
+    def lasting(self) -> FleetState:
+        """The state without what changes from turn to turn: to tell whether it must be written anew."""
+        still = replace(self.rollout, progressed_at=0.0, best=None)
+        return replace(self, rollout=still, failures=0, governor=GovernorMemory())
+
+    def progress(self) -> dict[str, Any]:
+        """What changes often and must outlive the manager all the same."""
+        return {"failures": self.failures, "governor": self.governor.to_dict()}
+
+    def with_progress(self, data: Mapping[str, Any]) -> FleetState:
+        """Take back a `progress` that is newer than the rest."""
+        return replace(self, failures=data["failures"], governor=GovernorMemory.from_dict(data["governor"]))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""

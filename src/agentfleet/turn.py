@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from agentfleet.core import governor
 from agentfleet.core.governor import Cause, Disruption, GovernorDecision, GovernorObserved
@@ -38,6 +39,7 @@ class Turn:
         self.frozen = False
         self._held: dict[object, str] = {}
         self._recorded: FleetState | None = None
+        self._progress: Mapping[str, Any] = {}
 
     # ------------------------------------------------------------------------------------------ what comes in
 
@@ -47,7 +49,10 @@ class Turn:
 
     def moved(self, member: Member) -> None:
         """Say that a member's phase changed, or that it is gone."""
-        self.repair.touch(member.instance.slot)
+        slot = member.instance.slot
+        self.repair.touch(slot)
+        if self.sizing.is_empty(slot):
+            self._desk.disruptions.emptied(slot)
 
     def succeeded(self, action: str, id: str) -> None:
         """Say that an action was accepted."""
@@ -123,26 +128,38 @@ class Turn:
 
     def _govern(self, proposals: Mapping[int, Proposal], now: float) -> GovernorDecision:
         desk = self._desk
-        state, counts = desk.wanted, desk.view.total_counts()
-        restored = [*self.repair.proved]
-        if not state.rolling and counts.total >= state.desired:  # nobody will fill an empty place any more
-            restored += [item.slot for item in state.governor.in_flight if desk.view.holder(item.slot) is None]
+        state, counts, book = desk.wanted, desk.view.total_counts(), desk.disruptions
+        self._strike_out_what_is_over()
         observed = GovernorObserved(
             desired=state.desired,
             good=counts.good,
             sick=counts.sick + counts.dead,
-            restored=tuple(restored),
+            under_way=len(book),
+            known=frozenset(slot for slot in proposals if slot in book),
             asked=tuple(each.disruption for each in proposals.values()),
         )
-        self.repair.proved.clear()
         decision, memory = governor.decide(desk.spec.recovery, observed, state.governor, now)
-        desk.state = replace(state, governor=memory)
+        if memory != state.governor:
+            desk.state = replace(state, governor=memory)
+        book.end(decision.ended)
+        for disruption in decision.begun:
+            book.begin(disruption.slot, disruption.cause, now)
         if decision.frozen is not self.frozen:
             self.frozen = decision.frozen
             kind = "governor.frozen" if decision.frozen else "governor.thawed"
             desk.record(kind, data={"budget": decision.budget}, reasons=decision.reasons)
         self._note_held(proposals, decision)
         return decision
+
+    def _strike_out_what_is_over(self) -> None:
+        """Disruptions end when the slot has proved itself, when nobody will fill it, or when the fleet has enough."""
+        desk, state, counts = self._desk, self._desk.wanted, self._desk.view.total_counts()
+        book = desk.disruptions
+        book.end(self.repair.proved)
+        self.repair.proved.clear()
+        if not state.rolling and counts.total >= state.desired:  # nobody will fill an empty place any more
+            book.end(book.unfilled(self.sizing.is_empty))
+        book.keep_newest(governor.surviving(len(book), state.desired, counts.good))
 
     def _note_held(self, proposals: Mapping[int, Proposal], decision: GovernorDecision) -> None:
         """Record what is withheld and why: each remedy once, and once for a whole rollout or scale-down."""
@@ -178,11 +195,17 @@ class Turn:
     def save(self) -> None:
         """Journal the state when it changed, so that the next manager takes up here."""
         state = self._desk.state
-        if state is not None and state != self._recorded:
+        if state is None:
+            return
+        lasting, progress = state.lasting(), state.progress()
+        if lasting != self._recorded:
             self._desk.record("state.fleet", data=state.to_dict())
-            self._recorded = state
+        elif progress != self._progress:  # what changes often is written without the templates
+            self._desk.record("state.progress", data=progress)
+        self._recorded, self._progress = lasting, progress
 
     def restore(self, state: FleetState) -> None:
         """Take up an earlier manager's state."""
-        self._desk.state = self._recorded = state
+        self._desk.state = state
+        self._recorded, self._progress = state.lasting(), state.progress()
         self.frozen = state.governor.frozen_at is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from agentfleet.instances import AgentStatus, HealthState, Instance, Phase, Usage
+from agentfleet.slots import Slots
 
 
 class Condition(StrEnum):
@@ -145,11 +146,7 @@ class FleetView:
         self._buckets: dict[int, dict[Condition, dict[str, None]]] = {}
         self.draining = 0
         """How many instances are leaving."""
-        self._holders: dict[int, str] = {}
-        self._rivals: dict[int, list[str]] = {}
-        self._free_slots: list[int] = []
-        self._listed: set[int] = set()
-        self._next_slot = 0
+        self._slots = Slots()
         self._ripening: list[tuple[float, str]] = []
 
     # ------------------------------------------------------------------------------------------ reading
@@ -181,7 +178,7 @@ class FleetView:
 
     def holder(self, slot: int) -> Member | None:
         """Who fills a slot now; draining instances fill none."""
-        id = self._holders.get(slot)
+        id = self._slots.holder(slot)
         return None if id is None else self.members[id]
 
     def expendable(self, revisions: Iterable[int], *, only: Iterable[Condition] = EXPENDABLE) -> Iterator[Member]:
@@ -204,15 +201,7 @@ class FleetView:
 
     def next_slots(self, count: int) -> list[int]:
         """The `count` lowest free slots; they are taken when instances are added to them."""
-        free: list[int] = []
-        while len(free) < count and self._free_slots:
-            slot = heapq.heappop(self._free_slots)
-            self._listed.discard(slot)
-            if slot not in self._holders:  # entries go stale when a slot is taken
-                free.append(slot)
-        for slot in free:
-            self._list_free(slot)
-        return [*free, *range(self._next_slot, self._next_slot + count - len(free))]
+        return self._slots.lowest_free(count)
 
     # ------------------------------------------------------------------------------------------ changing
 
@@ -365,7 +354,8 @@ class FleetView:
         if condition is Condition.FRESH and member.healthy_since is not None:
             heapq.heappush(self._ripening, (member.healthy_since, id))
         if (before in _PLACELESS) is not (condition in _PLACELESS):
-            self._hold(member)
+            change = self._slots.leave if condition in _PLACELESS else self._slots.take
+            change(member.instance.slot, id)
         if self._on_serving is not None and (before in SERVING) is not (condition in SERVING):
             self._on_serving(id)
 
@@ -377,31 +367,3 @@ class FleetView:
             del bucket[member.condition][member.instance.id]
             if not any(bucket.values()):
                 del self._buckets[member.instance.revision]
-
-    def _hold(self, member: Member) -> None:
-        """Take or free the member's slot. Of several in one slot the last to come holds it, and then the one before."""
-        slot, id = member.instance.slot, member.instance.id
-        holder, rivals = self._holders.get(slot), self._rivals.get(slot, [])
-        if member.condition not in _PLACELESS:
-            if holder is not None:
-                self._rivals.setdefault(slot, rivals).append(holder)
-            self._holders[slot] = id
-            for skipped in range(self._next_slot, slot):
-                self._list_free(skipped)
-            self._next_slot = max(self._next_slot, slot + 1)
-            return
-        if holder != id:
-            rivals.remove(id)
-        elif rivals:
-            self._holders[slot] = rivals.pop()
-        else:
-            del self._holders[slot]
-            self._list_free(slot)
-        if not rivals:
-            self._rivals.pop(slot, None)
-
-    def _list_free(self, slot: int) -> None:
-        """Each slot is listed once, however often it is freed."""
-        if slot not in self._listed:
-            self._listed.add(slot)
-            heapq.heappush(self._free_slots, slot)

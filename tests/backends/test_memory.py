@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -18,9 +19,10 @@ from agentfleet.backends.base import Changed, Creation, Observation, Removed, Sn
 from agentfleet.backends.memory import Load, MemoryBackend
 from agentfleet.clock import SystemClock
 from agentfleet.core.evidence import Probed
-from agentfleet.errors import BackendRefused, BackendUnavailable, Conflict, InstanceGone
-from agentfleet.instances import Instance, Node, Phase
-from agentfleet.specs import AgentTemplate, Check, HeartbeatCheck, HttpCheck, TcpCheck
+from agentfleet.errors import BackendRefused, BackendUnavailable, Conflict, InstanceGone, SpecError
+from agentfleet.health import HealthMonitor
+from agentfleet.instances import HealthState, Instance, Node, Phase
+from agentfleet.specs import AgentTemplate, Check, CustomCheck, HealthPolicy, HeartbeatCheck, HttpCheck, TcpCheck
 from agentfleet.testing import FaultPlan, run_virtual, strategies, virtual
 
 FLEET = "fleet"
@@ -202,6 +204,53 @@ async def test_a_probe_of_a_former_process_is_refused() -> None:
         await backend.restart(FLEET, "a", grace=0)
         await seen.ready("a", restarts=1)
         assert (await backend.prober().probe(before, 0, HTTP)).error == "connection refused"
+
+
+@virtual
+async def test_a_custom_check_is_called() -> None:
+    """It is the user's own function that answers, whatever ails the instance."""
+    asked: list[str] = []
+
+    async def check(instance: Instance) -> bool:
+        asked.append(instance.id)
+        await anyio.sleep(0.5)
+        return instance.id != "b"
+
+    def broken(instance: Instance) -> bool:
+        raise RuntimeError(f"no credit for {instance.id}")
+
+    async with running() as (backend, _):
+        backend.faults.hang("a")
+        good, bad = [await probe(backend, id, CustomCheck(call=check)) for id in "ab"]
+        assert asked == ["a", "b"]
+        assert (good.ok, good.error) == (True, None)
+        assert good.latency == pytest.approx(0.5)
+        assert (bad.ok, bad.error) == (False, "the custom check said no")
+        assert "no credit for c" in str((await probe(backend, "c", CustomCheck(call=broken))).error)
+        late = await probe(backend, "c", CustomCheck(call=check, timeout=0.1))
+        assert not late.ok
+        assert late.latency == pytest.approx(0.1)
+
+
+@virtual
+async def test_a_fleets_custom_check_decides_its_health() -> None:
+    sick: set[str] = set()
+    policy = HealthPolicy(checks=(CustomCheck(call=lambda instance: instance.id not in sick, period=1.0, failures=2),))
+    async with (
+        running() as (backend, seen),
+        HealthMonitor(policy, prober=backend.prober(), clock=SystemClock(epoch=EPOCH)) as monitor,
+    ):
+
+        def judged() -> dict[str, HealthState]:
+            return {id: verdict.state for id in "ab" if (verdict := monitor.verdict(id)) is not None}
+
+        for instance in seen.instances.values():
+            monitor.observe(instance)
+        await anyio.sleep(5)
+        assert judged() == {"a": HealthState.HEALTHY, "b": HealthState.HEALTHY}
+        sick.add("b")
+        await anyio.sleep(5)
+        assert judged() == {"a": HealthState.HEALTHY, "b": HealthState.UNHEALTHY}
 
 
 # ------------------------------------------------------------------------------------------------ versions
@@ -560,9 +609,57 @@ async def test_logs_tell_the_story() -> None:
         assert [line.split(" ", 1)[1] for line in await backend.logs(FLEET, "b")] == ["started version 1"]
 
 
-def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="start_delay"):
-        MemoryBackend(start_delay=(2, 1))
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("start_delay", [(2, 1), -1, math.nan, math.inf, "5s", (1,), (1, 2, 3), (1, "2"), True]),
+        ("crash_after", [-1, "5s", math.nan, math.inf, True, (1, 2)]),
+        ("unhealthy_after", [-0.1, "5s", [1]]),
+        ("ready_after", [-1, None, "5s"]),
+        ("slow", [-1, None, math.inf]),
+        ("exit_code", [None, 1.5, "1", True]),
+        ("never_ready", [None, 1, "yes"]),
+        ("ignores_term", [0]),
+        ("version", [2, ["1"]]),
+    ],
+)
+def test_bad_behavior_is_named(field: str, values: list[Any]) -> None:
+    backend = made()
+    for value in values:
+        with pytest.raises(SpecError, match=f"^{field}: write "):
+            backend.behave(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("start_delay", (2, 1)), ("stop_delay", -1), ("stop_delay", None), ("nodes", -1), ("nodes", True),
+        ("nodes", [Node("a"), Node("a")]), ("capacity_per_node", -1), ("capacity_per_node", 1.5), ("resync", None),
+        ("seed", "x"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(field: str, value: object) -> None:
+    with pytest.raises(SpecError, match=f"^{field}: "):
+        made(**{field: value})
+
+
+@virtual
+async def test_one_number_is_an_exact_delay() -> None:
+    async with made(start_delay=5, stop_delay=1.5) as backend:
+        backend.behave(version="slow", start_delay=7.0)
+        seen = Watched(backend, FLEET, 100)
+        for id, version, start in (("a", "1", 5), ("b", "slow", 7)):
+            await backend.create(wanted(id, version=version))
+            instance = await seen.ready(id)
+            assert instance.started_at == pytest.approx(instance.created_at + start)
+        began = anyio.current_time()
+        await backend.stop(FLEET, "a", grace=10)
+        await seen.gone("a")
+        assert anyio.current_time() == pytest.approx(began + 1.5)
+        await seen.close()
+
+
+def test_an_unknown_node_is_named() -> None:
     with pytest.raises(ValueError, match="no node 'moon'; there are node-1"):
         run_virtual(_partition_the_moon)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import pytest
 
 from agentfleet.backends.base import Changed, Removed
 from agentfleet.backends.process import ProcessBackend, handle, keeper, output, system
-from agentfleet.backends.process.records import default_state_dir
+from agentfleet.backends.process.records import Record, StateDir, default_state_dir
 from agentfleet.errors import BackendRefused, BackendUnavailable, Conflict
 from agentfleet.instances import Phase
 from agentfleet.specs import AgentTemplate
@@ -283,6 +284,35 @@ async def test_a_restart_of_what_cannot_be_executed_any_more(tmp_path: Path) -> 
         program.chmod(0o755)
         await backend.restart(FLEET, "a", grace=30)
         await seen.ready("a", restarts=2)
+
+
+async def test_a_stop_outlives_a_restart_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should the manager die just then, the next one must still know of the stop."""
+    launching, stopped = threading.Event(), threading.Event()
+    saved: list[Record] = []
+    write = StateDir.write
+
+    def refuse(*_: object) -> Record:
+        launching.set()
+        stopped.wait(60)
+        raise BackendRefused("no room")
+
+    def note(state: StateDir, record: Record) -> None:
+        saved.append(record)
+        write(state, record)
+
+    async with opened(tmp_path) as (backend, seen):
+        await backend.create(creation("a"))
+        await seen.ready("a")
+        monkeypatch.setattr(keeper, "launch", refuse)
+        await backend.restart(FLEET, "a", grace=30)
+        await eventually(launching.is_set)
+        await backend.stop(FLEET, "a", grace=30)
+        monkeypatch.setattr(StateDir, "write", note)
+        stopped.set()
+        await seen.gone("a")
+    assert saved
+    assert all(record.stop_by is not None for record in saved)
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -369,6 +369,20 @@ async def test_5_stop_overrides_a_restart(world: World) -> None:
         await seen.gone("a")
 
 
+@contract
+async def test_5_stop_ends_a_restart_wherever_it_is(world: World) -> None:
+    async with world.open() as (backend, seen):
+        for turns in (0, 1, 2, 3, 5, 8, 13, 21):
+            id = f"after-{turns}"
+            await backend.create(world.creation(id, template=world.harness.stubborn()))
+            await seen.ready(id)
+            await backend.restart(FLEET, id, grace=0)
+            for _ in range(turns):
+                await anyio.lowlevel.checkpoint()
+            await backend.stop(FLEET, id, grace=0)
+            await seen.gone(id)
+
+
 # ------------------------------------------------------------------------------------------------ 6. exit
 
 

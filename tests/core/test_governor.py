@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from agentfleet.core import governor
 from agentfleet.core.governor import (
     STORM_MINIMUM,
     Cause,
@@ -19,9 +20,9 @@ from agentfleet.core.governor import (
     GovernorDecision,
     GovernorMemory,
     GovernorObserved,
-    InFlight,
-    decide,
+    surviving,
 )
+from agentfleet.disruptions import Disruptions, InFlight
 from agentfleet.specs import RecoveryPolicy
 
 RANK = list(Cause)
@@ -39,6 +40,45 @@ def policies() -> st.SearchStrategy[RecoveryPolicy]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A fleet's counts, the slots that have proved themselves, and what is asked."""
+
+    desired: int
+    good: int
+    sick: int
+    restored: tuple[int, ...] = ()
+    asked: tuple[Disruption, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The governor's brake and the book of disruptions that its caller keeps."""
+
+    in_flight: tuple[InFlight, ...] = ()
+    frozen_at: float | None = None
+    calm_since: float | None = None
+
+    @property
+    def brake(self) -> GovernorMemory:
+        return GovernorMemory(self.frozen_at, self.calm_since)
+
+
+def decide(policy: RecoveryPolicy, seen: Seen, memory: Memory, now: float) -> tuple[GovernorDecision, Memory]:
+    """One decision with the book kept around it, as a fleet's turn keeps it."""
+    book = Disruptions(lambda _slot, _entry: None)
+    book.restore(memory.in_flight)
+    book.end(seen.restored)
+    book.keep_newest(surviving(len(book), seen.desired, seen.good))
+    known = frozenset(request.slot for request in seen.asked if request.slot in book)
+    observed = GovernorObserved(seen.desired, seen.good, seen.sick, len(book), known, seen.asked)
+    decision, brake = governor.decide(policy, observed, memory.brake, now)
+    book.end(decision.ended)
+    for request in decision.begun:
+        book.begin(request.slot, request.cause, now)
+    return decision, Memory(book.entries(), brake.frozen_at, brake.calm_since)
+
+
 def requests(slots: int = 20) -> st.SearchStrategy[Disruption]:
     return st.builds(
         Disruption,
@@ -50,16 +90,14 @@ def requests(slots: int = 20) -> st.SearchStrategy[Disruption]:
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[RecoveryPolicy, GovernorObserved, GovernorMemory, float]:
+def situations(draw: st.DrawFn) -> tuple[RecoveryPolicy, Seen, Memory, float]:
     """Any input at all, plausible or not."""
     now = draw(TENTHS)
     flying = draw(st.lists(st.integers(0, 20), unique=True, max_size=6))
     frozen_at = draw(st.none() | st.floats(0, 1).map(lambda part: now * part))
     calm = draw(st.none() | st.floats(0, 1).map(lambda part: now * part)) if frozen_at is not None else None
-    memory = GovernorMemory(
-        tuple(InFlight(slot, draw(st.sampled_from(Cause)), 0.0) for slot in flying), frozen_at, calm
-    )
-    observed = GovernorObserved(
+    memory = Memory(tuple(InFlight(slot, draw(st.sampled_from(Cause)), 0.0) for slot in flying), frozen_at, calm)
+    observed = Seen(
         desired=draw(st.integers(0, 30)),
         good=draw(st.integers(0, 30)),
         sick=draw(st.integers(0, 30)),
@@ -69,8 +107,11 @@ def situations(draw: st.DrawFn) -> tuple[RecoveryPolicy, GovernorObserved, Gover
     return draw(policies()), observed, memory, now
 
 
-def through_json(memory: GovernorMemory) -> GovernorMemory:
-    return GovernorMemory.from_dict(json.loads(json.dumps(memory.to_dict())))
+def through_json(memory: Memory) -> Memory:
+    """The memory as a journal gives it back, the book entry by entry."""
+    brake = GovernorMemory.from_dict(json.loads(json.dumps(memory.brake.to_dict())))
+    book = [(each.slot, json.loads(json.dumps(each.to_dict()))) for each in memory.in_flight]
+    return Memory(tuple(InFlight.from_dict(slot, data) for slot, data in book), brake.frozen_at, brake.calm_since)
 
 
 def ask(
@@ -79,12 +120,12 @@ def ask(
     desired: int,
     good: int,
     sick: int = 0,
-    memory: GovernorMemory | None = None,
+    memory: Memory | None = None,
     restored: tuple[int, ...] = (),
     now: float = 0.0,
-) -> tuple[GovernorDecision, GovernorMemory]:
-    observed = GovernorObserved(desired, good, sick, restored, asked)
-    return decide(policy, observed, memory or GovernorMemory(), now)
+) -> tuple[GovernorDecision, Memory]:
+    observed = Seen(desired, good, sick, restored, asked)
+    return decide(policy, observed, memory or Memory(), now)
 
 
 def codes(decision: GovernorDecision) -> list[str]:
@@ -96,7 +137,7 @@ def codes(decision: GovernorDecision) -> list[str]:
 
 @given(situations())
 def test_a_decision_is_a_function_of_its_arguments(
-    case: tuple[RecoveryPolicy, GovernorObserved, GovernorMemory, float],
+    case: tuple[RecoveryPolicy, Seen, Memory, float],
 ) -> None:
     """The same input gives the same output, leaves the input as it was, and the memory survives JSON unchanged."""
     policy, observed, memory, now = case
@@ -110,7 +151,7 @@ def test_a_decision_is_a_function_of_its_arguments(
 
 @given(situations())
 def test_every_request_is_answered_once_and_every_refusal_explained(
-    case: tuple[RecoveryPolicy, GovernorObserved, GovernorMemory, float],
+    case: tuple[RecoveryPolicy, Seen, Memory, float],
 ) -> None:
     """What is asked is either admitted or held; what is held, and every freeze, carries a code and a sentence."""
     policy, observed, memory, now = case
@@ -124,7 +165,7 @@ def test_every_request_is_answered_once_and_every_refusal_explained(
 
 @given(situations())
 def test_the_laws_hold_for_any_single_decision(
-    case: tuple[RecoveryPolicy, GovernorObserved, GovernorMemory, float],
+    case: tuple[RecoveryPolicy, Seen, Memory, float],
 ) -> None:
     """Budget, floor, storm and priority hold for any input, even for one that no fleet could produce."""
     decision, after = decide(*case)
@@ -133,7 +174,7 @@ def test_the_laws_hold_for_any_single_decision(
 
 @given(situations())
 def test_waking_when_told_finds_something_to_do(
-    case: tuple[RecoveryPolicy, GovernorObserved, GovernorMemory, float],
+    case: tuple[RecoveryPolicy, Seen, Memory, float],
 ) -> None:
     """A wake-up lies ahead, and at that instant the brake has changed: no spinning, and no date that is missed."""
     policy, observed, memory, now = case
@@ -148,9 +189,9 @@ def test_waking_when_told_finds_something_to_do(
 
 
 def check_decision(
-    case: tuple[RecoveryPolicy, GovernorObserved, GovernorMemory, float],
+    case: tuple[RecoveryPolicy, Seen, Memory, float],
     decision: GovernorDecision,
-    after: GovernorMemory,
+    after: Memory,
 ) -> None:
     """The laws that a single decision must keep."""
     policy, observed, memory, now = case
@@ -210,7 +251,7 @@ class GovernedFleet(RuleBasedStateMachine):
         self.desired = desired
         self.slots = {slot: "sick" if slot < bad else "good" for slot in range(desired)}
         self.now = 0.0
-        self.memory = GovernorMemory()
+        self.memory = Memory()
         self.book: list[int] = []
         self.restored: set[int] = set()
         self.next_slot = desired
@@ -277,7 +318,7 @@ class GovernedFleet(RuleBasedStateMachine):
         self._decide(tuple(order))
 
     def _decide(self, asked: tuple[Disruption, ...]) -> GovernorDecision:
-        observed = GovernorObserved(
+        observed = Seen(
             self.desired, self._count("good"), self._count("sick") + self._count("dead"), tuple(self.restored), asked
         )
         decision, after = decide(self.policy, observed, self.memory, self.now)
@@ -455,9 +496,9 @@ def test_no_machine_shrinks_a_fleet_in_a_storm(serves: bool) -> None:
     """A scale-down waits, even at the half-open pace; an operator's is carried out."""
     for cause, admitted in ((Cause.SCALING, 0), (Cause.OPERATOR, 1)):
         gone = Disruption(0, cause, serves, surplus=True)
-        decision, _ = ask(TEN_PERCENT, gone, desired=5, good=6, sick=9, memory=GovernorMemory((), 0.0), now=99.0)
+        decision, _ = ask(TEN_PERCENT, gone, desired=5, good=6, sick=9, memory=Memory((), 0.0), now=99.0)
         assert len(decision.admitted) == admitted
-        decision, _ = ask(TEN_PERCENT, gone, desired=5, good=5, sick=9, memory=GovernorMemory((), 0.0), now=99.0)
+        decision, _ = ask(TEN_PERCENT, gone, desired=5, good=5, sick=9, memory=Memory((), 0.0), now=99.0)
         assert len(decision.admitted) == admitted
 
 
@@ -500,7 +541,36 @@ def test_the_strongest_cause_is_served_first() -> None:
 
 def test_memory_is_plain_json() -> None:
     """The memory is what a journal can hold."""
-    memory = GovernorMemory((InFlight(3, Cause.OPERATOR, 1.5),), 2.0, 3.0)
-    data: dict[str, Any] = memory.to_dict()
-    assert data == {"in_flight": [[3, "operator", 1.5]], "frozen_at": 2.0, "calm_since": 3.0}
+    memory = Memory((InFlight(3, Cause.OPERATOR, 1.5),), 2.0, 3.0)
+    data: dict[str, Any] = memory.brake.to_dict()
+    assert data == {"frozen_at": 2.0, "calm_since": 3.0}
+    assert memory.in_flight[0].to_dict() == {"cause": "operator", "since": 1.5}
     assert through_json(memory) == memory
+
+
+def test_the_book_strikes_out_the_oldest_first() -> None:
+    """What is beyond the fleet's shortage leaves from the old end, and each change is told once."""
+    told: list[tuple[int, InFlight | None]] = []
+    book = Disruptions(lambda slot, entry: told.append((slot, entry)))
+    for slot in (4, 2, 9, 2):
+        book.begin(slot, Cause.ROLLOUT, float(slot))
+    assert list(book) == [4, 2, 9]
+    book.keep_newest(1)
+    assert list(book) == [9]
+    book.end([9, 9, 77])
+    assert [slot for slot, entry in told if entry is None] == [4, 2, 9]
+    assert len(told) == 6
+
+
+def test_places_that_wait_to_be_filled_are_known_oldest_first() -> None:
+    """Only slots in the book count, those that were filled meanwhile are passed over, and a new manager asks of all."""
+    book = Disruptions(lambda _slot, _entry: None)
+    for slot in (1, 2, 3):
+        book.begin(slot, Cause.RECOVERY, 0.0)
+    for slot in (3, 2, 8):
+        book.emptied(slot)
+    assert book.unfilled(lambda slot: slot != 2) == [3]
+    assert book.unfilled(lambda _slot: True) == [3]
+    again = Disruptions(lambda _slot, _entry: None)
+    again.restore(book.entries())
+    assert again.unfilled(lambda slot: slot != 1) == [2, 3]

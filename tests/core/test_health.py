@@ -36,6 +36,11 @@ class Subject:
         return [reason.code for reason in self.verdict.reasons]
 
     @property
+    def again(self) -> bool:
+        assert self.verdict is not None
+        return self.verdict.again
+
+    @property
     def wake(self) -> float | None:
         assert self.verdict is not None
         return self.verdict.wake
@@ -66,9 +71,10 @@ def test_a_life() -> None:
     assert one(bad(105.0)) is SUSPECT
     assert one.codes == ["health.failing", "health.probe_failed"]
     assert one(ok(107.0)) is HEALTHY
-    for at in (109.0, 111.0):
+    for at in (109.0, 111.0, 113.0):
         assert one(bad(at)) is SUSPECT
-    assert one(bad(113.0)) is UNHEALTHY
+    assert one.codes == ["health.confirming", "health.probe_failed"]
+    assert one(bad(113.1)) is UNHEALTHY
     assert one.codes == ["health.failed", "health.probe_failed"]
     assert one(ok(115.0)) is UNHEALTHY
     assert one.codes == ["health.recovering"]
@@ -83,12 +89,43 @@ def test_a_life() -> None:
 def test_failures_count_after_the_grace_only() -> None:
     one = Subject(HTTP).started(100.0)
     assert [one(bad(100.0 + second)) for second in range(10)] == [STARTING] * 10
-    assert [one(bad(110.0 + second)) for second in range(3)] == [STARTING, STARTING, UNHEALTHY]
+    assert [one(bad(110.0 + second)) for second in range(4)] == [STARTING] * 3 + [UNHEALTHY]
 
 
 def test_failures_after_a_success_count_within_the_grace() -> None:
     one = Subject(HTTP.replace(checks=(HttpCheck(failures=2),))).started(100.0)
-    assert [one(ok(100.5)), one(bad(101.0)), one(bad(102.0))] == [HEALTHY, SUSPECT, UNHEALTHY]
+    assert [one(ok(100.5)), one(bad(101.0)), one(bad(102.0))] == [HEALTHY, SUSPECT, SUSPECT]
+    assert one(bad(102.5)) is UNHEALTHY
+
+
+def test_the_failure_that_reaches_the_threshold_is_confirmed_at_once() -> None:
+    one = Subject(HTTP).started()
+    one(ok(101.0)), one(ok(102.0))
+    assert [one(bad(110.0)), one.again, one(bad(112.0)), one.again] == [SUSPECT, False, SUSPECT, False]
+    assert [one(bad(114.0)), one.again] == [SUSPECT, True]
+    assert [one(Tick(114.1)), one.again] == [SUSPECT, False]
+    assert [one(bad(114.2, lag=30.0)), one.again] == [SUSPECT, False]  # no evidence, and asked for but once
+    assert [one(bad(116.0)), one.again] == [UNHEALTHY, False]
+    assert one.verdict is not None
+    assert one.verdict.reasons[0].numbers == {"failures": 4, "limit": 3}
+    assert [one(bad(118.0)), one.again] == [UNHEALTHY, False]
+
+
+def test_a_success_instead_of_the_confirmation_wipes_out_all_failures() -> None:
+    one = Subject(HTTP).started()
+    one(ok(101.0)), one(ok(102.0))
+    for turn in range(5):
+        assert [one(bad(110.0 + 10 * turn + second)) for second in range(3)] == [SUSPECT] * 3
+        assert [one.again, one(ok(114.0 + 10 * turn)), one.again] == [True, HEALTHY, False]
+
+
+def test_a_stricter_policy_needs_no_confirmation_of_what_is_certain() -> None:
+    one = Subject(HTTP.replace(checks=(HttpCheck(failures=9),))).started()
+    one(ok(101.0))
+    for second in range(8):
+        one(bad(110.0 + second))
+    one.policy = HTTP
+    assert [one(bad(120.0)), one.again] == [UNHEALTHY, False]
 
 
 def test_one_met_in_mid_life_is_unknown_until_there_is_evidence() -> None:
@@ -99,7 +136,7 @@ def test_one_met_in_mid_life_is_unknown_until_there_is_evidence() -> None:
     assert [one(ok(5002.0)), one(ok(5003.0))] == [UNKNOWN, HEALTHY]
     two = Subject(HTTP)
     two(Seen(Phase.RUNNING, 1000.0, started_at=100.0))
-    assert [two(bad(1001.0 + second)) for second in range(3)] == [UNKNOWN, UNKNOWN, UNHEALTHY]
+    assert [two(bad(1001.0 + second)) for second in range(4)] == [UNKNOWN] * 3 + [UNHEALTHY]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +146,7 @@ def test_one_met_in_mid_life_is_unknown_until_there_is_evidence() -> None:
 def test_a_restart_begins_anew(again: Seen) -> None:
     one = Subject(HTTP).started(100.0)
     one(ok(101.0)), one(ok(102.0))
-    for at in (103.0, 104.0, 105.0):
+    for at in (103.0, 104.0, 105.0, 106.0):
         one(bad(at))
     assert one.memory.state is UNHEALTHY
     assert one(again) is STARTING
@@ -142,7 +179,7 @@ def test_the_worst_check_decides() -> None:
     one = Subject(policy).started()
     assert [one(ok(101.0, 0)), one(ok(101.0, 1))] == [STARTING, HEALTHY]
     assert one(bad(102.0, 0)) is SUSPECT
-    assert one(bad(103.0, 1)) is UNHEALTHY
+    assert [one(bad(103.0, 1)), one(bad(103.5, 1))] == [SUSPECT, UNHEALTHY]
     assert one.codes == ["health.failed", "health.probe_failed"]
     assert one(ok(104.0, 1)) is SUSPECT
     assert one(ok(105.0, 0)) is HEALTHY
@@ -152,7 +189,7 @@ def test_a_slow_prober_is_no_evidence_but_a_refusal_is() -> None:
     one = Subject(HTTP).started()
     one(ok(101.0)), one(ok(102.0))
     assert [one(bad(110.0 + second, lag=0.5)) for second in range(9)] == [HEALTHY] * 9
-    assert [one(bad(120.0 + second, lag=30.0, latency=0.001)) for second in range(3)] == [SUSPECT, SUSPECT, UNHEALTHY]
+    assert [one(bad(120.0 + second, lag=30.0, latency=0.001)) for second in range(4)] == [SUSPECT] * 3 + [UNHEALTHY]
 
 
 def test_an_agent_that_drains_by_its_own_word_is_not_unhealthy() -> None:
@@ -185,10 +222,17 @@ def test_busy_without_progress_is_stuck() -> None:
     )
 
 
+def change(one: Subject, at: float, *, well: bool) -> HealthState:
+    """What a check of one failure says after a success, or after a failure that is confirmed."""
+    if not well:
+        one(bad(at))
+    return one(ok(at) if well else bad(at))
+
+
 def test_flapping_is_damped_until_it_is_calm() -> None:
     policy = HealthPolicy(checks=(HttpCheck(failures=1),), flap_window=100.0, flap_limit=4, startup=0)
     one = Subject(policy).started(0.0)
-    states = [one(ok(float(at)) if at % 2 else bad(float(at))) for at in range(1, 20)]
+    states = [change(one, float(at), well=bool(at % 2)) for at in range(1, 20)]
     assert states == [HEALTHY, UNHEALTHY, HEALTHY, UNHEALTHY, HEALTHY] + [UNHEALTHY] * 14
     assert one.codes == ["health.flapping"]
     assert one.memory.flaps == (3.0, 4.0, 5.0, 6.0)
@@ -196,7 +240,7 @@ def test_flapping_is_damped_until_it_is_calm() -> None:
     assert one(Tick(102.9)) is UNHEALTHY
     assert one(Tick(103.0)) is HEALTHY
     undamped = Subject(policy.replace(flap_window=0)).started(0.0)
-    assert [undamped(ok(float(at)) if at % 2 else bad(float(at))) for at in range(1, 20)].count(HEALTHY) == 10
+    assert [change(undamped, float(at), well=bool(at % 2)) for at in range(1, 20)].count(HEALTHY) == 10
 
 
 def test_heartbeats() -> None:
@@ -281,7 +325,7 @@ def test_a_policy_that_gains_and_loses_checks_keeps_the_rest() -> None:
     one.policy = HealthPolicy(checks=(TcpCheck(), HttpCheck()))
     assert one(Tick(102.0)) is HEALTHY
     assert [one(bad(103.0 + second, 1)) for second in range(3)] == [HEALTHY] * 3  # it is still within its grace
-    assert [one(bad(203.0 + second, 1)) for second in range(3)] == [HEALTHY, HEALTHY, UNHEALTHY]
+    assert [one(bad(203.0 + second, 1)) for second in range(4)] == [HEALTHY] * 3 + [UNHEALTHY]
     one.policy = HealthPolicy(checks=(TcpCheck(),))
     assert one(bad(300.0, 1)) is HEALTHY
     assert one(ok(301.0)) is HEALTHY

@@ -127,14 +127,36 @@ def test_fewer_failures_than_the_threshold_never_suffice(check: HttpCheck, resul
     row = 0
     for ok, (_, verdict) in zip(results, verdicts[1:], strict=True):
         row = 0 if ok else row + 1
-        if row >= check.failures:
+        if row > check.failures:
             assert verdict.state is UNHEALTHY
-        if UNHEALTHY not in (verdict.state, verdicts[0][1].state) and row:
-            assert row < check.failures
-    if not any(
-        all(not ok for ok in results[at : at + check.failures]) for at in range(len(results) - check.failures + 1)
-    ):
+    needed = check.failures + 1  # the last one confirms the others
+    if not any(all(not ok for ok in results[at : at + needed]) for at in range(len(results) - needed + 1)):
         assert all(verdict.state is not UNHEALTHY for _, verdict in verdicts)
+
+
+@given(policies, histories)
+def test_one_more_probe_is_asked_for_when_it_decides(policy: HealthPolicy, history: list[tuple[float, Signal]]) -> None:
+    """Only a failed probe asks for another; if that fails too, the instance is unhealthy, and no third is asked for."""
+    memory, now = HealthMemory(), 100.0
+    for gap, signal in history:
+        now += gap
+        verdict, memory = decide(policy, signal, memory, now)
+        if not verdict.again:
+            continue
+        assert isinstance(signal, Probed)
+        assert not signal.ok
+        confirmed, _ = decide(policy, Probed(signal.check, False, now + 1.0), memory, now + 1.0)
+        judged = memory.state is not UNHEALTHY and memory.phase in (Phase.RUNNING, None)
+        assert confirmed.state is UNHEALTHY or not judged or _is_excusable(policy, signal.check, memory, now + 1.0)
+        assert not confirmed.again
+
+
+def _is_excusable(policy: HealthPolicy, check: int, memory: HealthMemory, now: float) -> bool:
+    return (
+        memory.checks[check].passing is None
+        and memory.started_at is not None
+        and now - memory.started_at < policy.startup
+    )
 
 
 @given(policies, histories)
@@ -160,7 +182,7 @@ def test_successes_heal(policy: HealthPolicy, history: list[tuple[float, Signal]
 @given(st.integers(1, 5), st.floats(1, 100), st.lists(st.tuples(st.floats(0, 5), st.booleans()), max_size=200))
 def test_flapping_is_bounded(limit: int, window: float, results: list[tuple[float, bool]]) -> None:
     policy = HealthPolicy(checks=(TcpCheck(failures=1),), startup=0, flap_window=window, flap_limit=limit)
-    verdicts, _ = run(policy, [(0, RUNNING), *[(gap, Probed(0, ok, 0.0)) for gap, ok in results]])
+    verdicts, _ = run(policy, [(0, RUNNING), *[(gap, Probed(0, ok, 0.0)) for gap, ok in results for _ in range(2)]])
     changes = [
         now
         for (_, before), (now, after) in pairwise(verdicts)

@@ -49,8 +49,11 @@ def cases(ailments: Sequence[Ailment] = tuple(Ailment), since: float = 0.0) -> s
         Case,
         ailment=st.sampled_from(ailments),
         since=st.just(since),
+        late_at=st.none() | st.floats(0, 2000),
+        placed=st.booleans(),
         other_nodes=st.booleans(),
         revision_sick=st.sampled_from([0.0, 0.49, 0.5, 1.0]),
+        crowd=st.sampled_from([0.0, 1.0, 1.0, 7.5]),
         can_roll_back=st.booleans(),
     )
 
@@ -170,19 +173,21 @@ def test_any_course_of_illness_keeps_the_laws(
         assert memory.healthy_since is None, "health that was interrupted starts anew"
         if decision.remedy is None:
             continue
-        check_remedy(policy, case, memory, decision.remedy, episode)
+        check_remedy(policy, case, memory, decision.remedy, episode, now=now)
         episode.append(decision.remedy)
         memory = acted(memory, decision.remedy, now)
         assert memory.attempts == len(episode)
 
 
 def check_remedy(
-    policy: RecoveryPolicy, case: Case, memory: RecoveryMemory, remedy: Remedy, episode: list[Remedy]
+    policy: RecoveryPolicy, case: Case, memory: RecoveryMemory, remedy: Remedy, episode: list[Remedy], *, now: float
 ) -> None:
     """The laws of one remedy, given those that were taken since the slot was last well."""
-    if case.ailment is Ailment.UNPROVEN:
-        assert episode, "what never failed is left to prove itself"
-        assert not memory.healed, "an attempt that healed has not failed"
+    if case.ailment is Ailment.UNPROVEN and (not episode or memory.healed):
+        assert case.late_at is not None, "what never failed, or was healed, is left to prove itself"
+        assert now >= case.late_at, "what starts has its time"
+    if not case.placed:
+        assert remedy is not Remedy.RESTART
     if case.ailment is Ailment.LOST:
         assert remedy is not Remedy.RESTART
     if remedy is Remedy.RESTART:
@@ -211,7 +216,7 @@ def test_the_ladder_is_climbed_upwards_and_ends_with_a_human(policy: RecoveryPol
     climbed = remedies[:human]
     assert [LADDER.index(each) for each in climbed] == sorted(LADDER.index(each) for each in climbed)
     assert set(remedies[human + 1 :]) == {Remedy.REPLACE}
-    if case.ailment is not Ailment.LOST:
+    if case.ailment is not Ailment.LOST and case.placed:
         assert climbed.count(Remedy.RESTART) == policy.restarts
         assert climbed.count(Remedy.REPLACE) == policy.replacements
         assert climbed.count(Remedy.ELSEWHERE) == (policy.elsewhere if case.other_nodes else 0)
@@ -226,7 +231,7 @@ def test_waits_grow_to_the_limit(policy: RecoveryPolicy, case: Case) -> None:
     waits = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(done)]
     for number, wait in enumerate(waits, start=1):
         asked = Remedy.ASK in [remedy for remedy, _ in done[:number]]
-        expected = policy.backoff.limit if asked else policy.backoff.delay(number)
+        expected = policy.backoff.limit * max(1.0, case.crowd) if asked else policy.backoff.delay(number)
         assert wait == pytest.approx(expected)
     assert all(later >= earlier - 1e-6 for earlier, later in itertools.pairwise(waits))
 
@@ -331,6 +336,26 @@ def test_an_instance_that_hangs_on_its_node_is_tried_on_another() -> None:
     memory = _after(Remedy.RESTART, Remedy.RESTART, Remedy.REPLACE, Remedy.REPLACE)
     case = Case(Ailment.UNPROVEN, 0.0, other_nodes=True)
     assert decide(POLICY, case, memory, 60.0)[0].remedy is Remedy.ELSEWHERE
+
+
+def test_one_that_never_begins_its_work_is_replaced_once_it_is_late() -> None:
+    """Nothing has failed, and nothing works: after the deadline it is a case like any other."""
+    waiting = Case(Ailment.UNPROVEN, 0.0, late_at=600.0, placed=False)
+    assert decide(POLICY, waiting, RecoveryMemory(), 599.9)[0].wake == 600.0
+    assert decide(POLICY, waiting, RecoveryMemory(), 600.0)[0].remedy is Remedy.REPLACE
+    assert decide(POLICY, replace(waiting, other_nodes=True), RecoveryMemory(), 600.0)[0].remedy is Remedy.ELSEWHERE
+    assert decide(POLICY, replace(waiting, placed=True), RecoveryMemory(), 600.0)[0].remedy is Remedy.RESTART
+    again = replace(waiting, since=600.0, late_at=1200.0)
+    assert decide(POLICY, again, _after(Remedy.REPLACE, at=600.0), 700.0)[0].wake == 1200.0
+
+
+def test_those_left_to_a_human_share_the_further_attempts() -> None:
+    """Ten times as many as may be disrupted wait ten times as long each, so that together they try no more often."""
+    memory = _after(Remedy.ASK)
+    limit = POLICY.backoff.limit
+    for crowd, wait in ((0.1, limit), (1.0, limit), (10.0, 10 * limit)):
+        for ailment in (Ailment.EXITED, Ailment.UNPROVEN):
+            assert decide(POLICY, Case(ailment, 0.0, crowd=crowd), memory, 0.0)[0].wake == wait
 
 
 def test_one_that_was_healed_and_is_unknown_now_is_left_alone() -> None:

@@ -88,7 +88,7 @@ async def play(ops: list[Op]) -> None:
                     await anyio.sleep(0.05)
                 await calm(world, fleet)
                 return
-        except (Crash, ExceptionGroup) as error:
+        except (Crash, BaseExceptionGroup) as error:
             if not died(error):
                 raise
 
@@ -134,7 +134,7 @@ def check_rest(world: World, fleet: Fleet) -> None:
     state = fleet.state
     assert state is not None
     assert not fleet._runtime.desk.actuator.busy
-    assert not state.governor.in_flight or state.desired == 0
+    assert not len(fleet._runtime.desk.disruptions) or state.desired == 0
     assert fleet.view.draining == 0
     kinds = {event.kind for event in world.events()}
     assert "scaling.failed" not in kinds

@@ -8,7 +8,7 @@ import anyio
 import pytest
 from tests.fleet.world import HEALTH, World, prepare, spec
 
-from agentfleet import Backoff, HealthPolicy, HttpCheck, RecoveryPolicy
+from agentfleet import Backoff, HealthPolicy, HttpCheck, RecoveryPolicy, RolloutPolicy
 from agentfleet.testing import virtual
 
 
@@ -219,6 +219,58 @@ async def test_a_bad_revision_among_good_ones_is_blamed_and_not_the_instances() 
         await world.settled(fleet)
         assert world.versions == {"1": 6}
     assert len(world.events("recovery.roll_back")) == 1
+
+
+@virtual
+async def test_a_remedy_that_waited_does_not_meet_the_next_instance() -> None:
+    """A first remedy that is still held when its place is given up is given up with it."""
+    world = World(spec(4))
+    async with world.deployed() as fleet:
+        world.backend.behave(version="1", start_delay=(40.0, 40.0))
+        for id in world.ids()[:2]:
+            world.faults.hang(id)
+        await anyio.sleep(30)
+        (held,) = world.events("governor.held")
+        runtime = fleet._runtime
+        assert [wish.slot for wish in runtime.recovery.wishes(9)] == [held.data["slot"]]
+        runtime.turn.repair.forget(held.data["slot"])
+        assert not runtime.recovery.wishes(9)
+        world.faults.cure()
+        await anyio.sleep(300)
+        await world.settled(fleet)
+
+
+@virtual
+async def test_one_that_never_gets_going_is_replaced() -> None:
+    """An instance that finds no place, long after the last rollout, is a case once it is late, and not before."""
+    world = World(spec(3, rollout=RolloutPolicy(progress_deadline=120.0)))
+    async with world.deployed() as fleet:
+        world.backend.behave(version="1", start_delay=(1e6, 1e6))
+        await fleet.scale(4)
+        await anyio.sleep(110)
+        assert not world.events("recovery.replace")
+        assert not world.events("recovery.elsewhere")
+        world.backend.behave(version="1", start_delay=(1.0, 1.0))
+        await anyio.sleep(30)
+        await world.settled(fleet)
+        (elsewhere,) = world.events("recovery.elsewhere")
+        assert elsewhere.reasons[0]["code"] == "recovery.late"
+
+
+@virtual
+async def test_a_fleet_beyond_healing_is_not_tried_for_ever_at_full_rate() -> None:
+    """Twenty crash loops are left to a human; then all of them together make no more attempts than the budget's few."""
+    recovery = RecoveryPolicy(max_disrupted=2, backoff=Backoff(initial=1.0, limit=60.0), freeze_below=0.0)
+    world = World(spec(20, recovery=recovery))
+    async with world.deployed():
+        world.backend.behave(version="1", crash_after=1.0)
+        world.faults.crash(fleet=world.name)
+        await anyio.sleep(3_000)
+        assert len(world.events("recovery.ask")) == 20
+        before = sum(world.effort()[1:])
+        await anyio.sleep(6_000)
+        attempts = sum(world.effort()[1:]) - before
+        assert 0 < attempts <= 2 * (6_000 / 60) * 2 + 20
 
 
 @virtual

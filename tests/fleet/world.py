@@ -49,8 +49,8 @@ def spec(replicas: int = 10, **fields: object) -> FleetSpec:
     return FleetSpec(**known)  # type: ignore[arg-type]
 
 
-class Crash(Exception):
-    """The manager dies here."""
+class Crash(BaseException):
+    """The manager dies here, like a process that is killed: nothing in the library may catch it."""
 
 
 @dataclass
@@ -446,7 +446,7 @@ class World:
                         del left[0]
                     await self.settled(fleet)
                     return self.digest(fleet)
-            except (Crash, ExceptionGroup) as error:
+            except (Crash, BaseExceptionGroup) as error:
                 if not died(error):
                     raise
             await anyio.sleep(downtime)

@@ -14,7 +14,7 @@ from agentfleet.autoscaler import Autoscaler, MetricSource, Size
 from agentfleet.core.reason import Reason
 from agentfleet.core.scaling import InstanceSamples, Limit, Memory, MetricFailed, ResourceAggregate
 from agentfleet.core.scaling_samples import Member, Sample
-from agentfleet.errors import BackendUnavailable, JournalError
+from agentfleet.errors import BackendUnavailable, JournalError, SpecError
 from agentfleet.events import Event
 from agentfleet.specs import CpuTarget, MetricTarget, QueueTarget, ScalingBehavior, ScalingPolicy, ScalingRule
 
@@ -197,17 +197,41 @@ async def test_a_metric_that_does_not_answer_is_given_up_on() -> None:
     assert bench.journal.events[0].data == {"what": "metric queue", "error": "no answer within 0 s"}
 
 
-async def test_a_metric_without_a_source_names_those_there_are() -> None:
+async def test_a_metric_without_a_source_is_refused_by_name() -> None:
+    """A target that could never be read is an error at once, not a fleet that silently never scales."""
+    with pytest.raises(
+        SpecError, match=r"metric 'queue', which has no source \(there are: 'cpu'\).*metrics=\{'queue': s"
+    ):
+        Bench().build(cpu=lambda: 3.0)
+    with pytest.raises(SpecError, match=r"no source \(there are: none\)"):
+        Autoscaler(POLICY, FakeFleet(), {})
+    with pytest.raises(SpecError, match=r"metrics\['queue'\] must be a function .* not 5"):
+        Bench().build(queue=5)  # type: ignore[arg-type]
+
+
+async def test_a_replaced_policy_without_a_source_names_those_there_are() -> None:
     bench = Bench()
-    bench.scaler = bench.build(cpu=lambda: 3.0)
+    bench.scaler.policy = ScalingPolicy(max_replicas=100, targets=(MetricTarget(metric="sessions", average=4),))
     await bench.turn()
-    assert "'queue'" in bench.journal.events[0].data["error"]
-    assert "['cpu']" in bench.journal.events[0].data["error"]
+    assert "'sessions'" in bench.journal.events[0].data["error"]
+    assert "['queue']" in bench.journal.events[0].data["error"]
+
+
+@pytest.mark.parametrize("field", ["read_timeout", "act_timeout"])
+async def test_deadlines_are_time_spans(field: str) -> None:
+    def build(value: Any) -> Autoscaler:
+        return Autoscaler(POLICY, FakeFleet(), {"queue": lambda: 1.0}, **{field: value})
+
+    build("2s")
+    for wrong in ("soon", -1, True, float("nan")):
+        with pytest.raises(SpecError, match=field):
+            build(wrong)
 
 
 async def test_sources_may_be_plain_functions_and_return_any_reading() -> None:
     targets = (CpuTarget(utilization=50), MetricTarget(metric="sessions", per_instance=4), QueueTarget(length=10))
-    bench = Bench(ScalingPolicy(max_replicas=100, targets=targets))
+    bench = Bench()
+    bench.policy = ScalingPolicy(max_replicas=100, targets=targets)
     samples = InstanceSamples([Member(f"i{n}") for n in range(10)], {f"i{n}": Sample(6_000) for n in range(10)})
     bench.scaler = bench.build(
         cpu=lambda: ResourceAggregate.uniform(usage=9_000, request=1000, ready=10),
@@ -278,13 +302,20 @@ async def test_a_successor_keeps_to_the_rates() -> None:
     assert bench.fleet.calls == [13]
 
 
-async def test_the_memory_is_written_a_few_times_a_window() -> None:
+async def test_the_memory_is_written_when_it_says_something_new() -> None:
+    """Nothing in quiet times; a load that swings between known bounds says nothing new either; a new extreme does."""
     bench = Bench()
     for _ in range(40):
         await bench.turn(100.0)
     states = [event for event in bench.journal.events if event.kind == "state.scaling"]
-    assert 10 <= len(states) <= 21
+    assert len(states) == 1
     assert Memory.from_dict(json.loads(states[-1].to_json())["data"]).recommendations
+    for _ in range(10):
+        await bench.turn(50.0)
+        await bench.turn(100.0)
+    assert bench.journal.kinds(states=True).count("state.scaling") == 2
+    await bench.turn(150.0)
+    assert bench.journal.kinds(states=True).count("state.scaling") == 3
     quick = Bench(POLICY.replace(down=ScalingBehavior(stabilization=0, rules=(ScalingRule(percent=100),))))
     for _ in range(40):
         await quick.turn(100.0)

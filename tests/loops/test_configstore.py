@@ -342,6 +342,49 @@ async def test_who_and_why_are_asked_for(words: dict[str, str]) -> None:
     assert await store.keys() == []
 
 
+@pytest.mark.parametrize("wrong", [None, 7, b"ann", ["ann"], True], ids=repr)
+@pytest.mark.parametrize("field", ["author", "reason"])
+async def test_who_and_why_must_be_text(field: str, wrong: Any) -> None:
+    """What is no text at all is refused by name, like text that nobody can read, and nothing is stored."""
+    journal = MemoryJournal()
+    store = ConfigStore(journal=journal)
+    with pytest.raises(SpecError, match=f"{field}: must be printable text"):
+        await store.put("a", {}, **(WHY | {field: wrong}))
+    assert await store.keys() == []
+    assert not journal.read()
+
+
+@pytest.mark.parametrize("wrong", [None, 7, ["a"]], ids=repr)
+async def test_a_key_must_be_text(wrong: Any) -> None:
+    store = ConfigStore()
+    with pytest.raises(SpecError, match="key: must be printable text"):
+        await store.put(wrong, {}, **WHY)
+    with pytest.raises(SpecError, match="key: must be printable text"):
+        store.register(wrong)
+    assert await store.keys() == []
+
+
+@pytest.mark.parametrize("wrong", ["1", 1.0, True, [1]], ids=repr)
+async def test_numbers_of_revisions_must_be_numbers(wrong: Any) -> None:
+    store = ConfigStore()
+    await store.put("a", {"x": 1}, **WHY)
+    for attempt in (
+        lambda: store.put("a", {}, **WHY, expect=wrong),
+        lambda: store.rollback("a", 1, **WHY, expect=wrong),
+        lambda: store.dry_run("a", {}, expect=wrong),
+    ):
+        with pytest.raises(SpecError, match="expect: must be the number of a revision"):
+            await attempt()
+    for attempt in (lambda: store.rollback("a", wrong, **WHY), lambda: store.get("a", wrong)):
+        with pytest.raises(SpecError, match="revision: must be the number of a revision"):
+            await attempt()
+    with pytest.raises(SpecError, match="revision"):
+        await store.rollback("a", None, **WHY)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="after"):
+        store.watch("a", after=wrong)
+    assert (await store.get("a")).revision == 1
+
+
 async def test_dry_run_shows_and_stores_nothing() -> None:
     journal = MemoryJournal()
     store = ConfigStore(journal=journal)

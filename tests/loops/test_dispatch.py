@@ -261,8 +261,9 @@ async def test_what_cannot_be_sent_is_not_taken() -> None:
 @pytest.mark.parametrize("limit", ["per_instance", "max_attempts", "max_kills", "max_open", "keep", "timeout"])
 @virtual
 async def test_limits_must_make_sense(limit: str) -> None:
-    with pytest.raises(SpecError, match=limit):
-        dispatcher(World(), **{limit: 0})
+    for wrong in (0, -1, "many", True, None, float("nan")):
+        with pytest.raises(SpecError, match=limit):
+            dispatcher(World(), **{limit: wrong})
 
 
 # ------------------------------------------------------------------------------------------------ refusals and failures

@@ -76,7 +76,8 @@ Signal = Probed | Beat | Seen | Tick
 class Streak:
     """One check so far: whether it passes (None: never decided), and how many equal results came last.
 
-    `run` is positive for successes and negative for failures, and is counted no further than the policy asks.
+    `run` is positive for successes and negative for failures, and is counted no further than the policy asks: to
+    `successes`, and to `failures` and the one that confirms them.
     """
 
     passing: bool | None = None

@@ -3,7 +3,9 @@
 Recovery, rollouts and scale-downs all ask here. Three rules, each stated where it is enforced:
 
 - *Budget.* At any instant at most `policy.budget(desired)` instances are out of service by our own doing. A disruption
-  is over when its slot is good again, or when the fleet is not short of that many instances any more.
+  is over when its slot is good again, or when the fleet is not short of that many instances any more. The caller keeps
+  the book of disruptions under way (`agentfleet.disruptions`) and tells their number, so that a decision costs what is
+  asked and not what is under way.
 - *Floor.* An instance that serves is only taken when the good ones left are at least `desired - budget` (a
   PodDisruptionBudget's rule), unless it is surplus: then the fleet has enough without it.
 - *Storm.* When more instances are sick than the healthy share allows, the cause is not in the instances: disruption
@@ -15,7 +17,7 @@ Creating instances and starting dead ones disrupts nobody and is never held.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -60,42 +62,29 @@ class GovernorObserved:
     """Proven healthy and not leaving."""
     sick: int
     """Unhealthy or dead."""
-    restored: tuple[int, ...] = ()
-    """Slots that have proved themselves since the last decision: good, or sick again of their own."""
+    under_way: int = 0
+    """Disruptions in the book; those that are over (see `surviving`) have left it."""
+    known: frozenset[int] = frozenset()
+    """Which of the asked slots are in the book: disrupting them again costs nothing more."""
     asked: tuple[Disruption, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class InFlight:
-    """A disruption that is not over."""
-
-    slot: int
-    cause: Cause
-    since: float
-
-
-@dataclass(frozen=True, slots=True)
 class GovernorMemory:
-    """What outlives a decision: the disruptions under way and the state of the brake."""
+    """What outlives a decision: the state of the brake."""
 
-    in_flight: tuple[InFlight, ...] = ()
     frozen_at: float | None = None
     calm_since: float | None = None
     """While frozen: since when the healthy share has been sufficient."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
-        return {
-            "in_flight": [[item.slot, item.cause.value, item.since] for item in self.in_flight],
-            "frozen_at": self.frozen_at,
-            "calm_since": self.calm_since,
-        }
+        return {"frozen_at": self.frozen_at, "calm_since": self.calm_since}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> GovernorMemory:
+    def from_dict(cls, data: Mapping[str, Any]) -> GovernorMemory:
         """Read back `to_dict`."""
-        in_flight = tuple(InFlight(slot, Cause(cause), since) for slot, cause, since in data["in_flight"])
-        return cls(in_flight, data["frozen_at"], data["calm_since"])
+        return cls(**data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +95,11 @@ class GovernorDecision:
     held: tuple[tuple[Disruption, Reason], ...]
     budget: int
     in_flight: int
-    """Disruptions under way, the admitted ones included."""
+    """Disruptions under way after this decision, the admitted ones included."""
+    begun: tuple[Disruption, ...]
+    """Those of the admitted that enter the book."""
+    ended: tuple[int, ...]
+    """Slots that leave the book, because nobody will fill them any more."""
     frozen: bool
     reasons: tuple[Reason, ...]
     wake: float | None
@@ -128,50 +121,55 @@ def decide(
         The decision and the memory for the next one. Requests are served in the order of their causes, then as given.
     """
     budget = policy.budget(observed.desired)
-    under_way = _still_under_way(memory.in_flight, observed)
     frozen_at, calm_since, brake = _brake(policy, observed, memory, now)
     thawing = 1 if frozen_at is not None and now >= frozen_at + policy.cooldown else 0
     limit = budget if frozen_at is None else min(budget, thawing)
 
-    slots = {item.slot for item in under_way}
     good, floor = observed.good, observed.desired - budget
     admitted: list[Disruption] = []
     held: list[tuple[Disruption, Reason]] = []
-    gone: set[int] = set()
+    begun: dict[int, Disruption] = {}
+    ended: set[int] = set()
     for request in sorted(observed.asked, key=lambda item: _RANK[item.cause]):
-        allowed = budget if request.cause is Cause.OPERATOR else limit
+        slot = request.slot
         refusal = _unshrinkable(request, frozen_at)
         if refusal is None and request.surplus and (not request.serving or good > observed.desired):
-            gone.add(request.slot)  # nobody waits for it any more
+            ended.add(slot)  # nobody waits for it any more
         elif refusal is None:
-            refusal = _over_budget(request, slots, allowed, frozen_at) or _below_floor(request, good, floor)
-            if refusal is None and request.slot not in slots:
-                slots.add(request.slot)
-                under_way.append(InFlight(request.slot, request.cause, now))
+            known = slot in observed.known or slot in begun
+            allowed = budget if request.cause is Cause.OPERATOR else limit
+            refusal = None if known else _over_budget(request, observed.under_way + len(begun), allowed, frozen_at)
+            refusal = refusal or _below_floor(request, good, floor)
+            if refusal is None and not known:
+                begun[slot] = request
         if refusal is not None:
             held.append((request, refusal))
             continue
         admitted.append(request)
         good -= request.serving
-    in_flight = tuple(item for item in under_way if item.slot not in gone)
     decision = GovernorDecision(
         admitted=tuple(admitted),
         held=tuple(held),
+        begun=tuple(request for slot, request in begun.items() if slot not in ended),
+        ended=tuple(sorted(ended)),
         budget=budget,
-        in_flight=len(in_flight),
+        in_flight=observed.under_way - len(ended & observed.known) + len(begun.keys() - ended),
         frozen=frozen_at is not None,
         reasons=brake,
         wake=_wake(policy, frozen_at, calm_since, now),
     )
-    return decision, GovernorMemory(in_flight, frozen_at, calm_since)
+    return decision, GovernorMemory(frozen_at, calm_since)
 
 
-def _still_under_way(in_flight: Sequence[InFlight], observed: GovernorObserved) -> list[InFlight]:
-    """Drop what is over: restored slots, and the oldest beyond what the fleet is short of."""
-    restored = set(observed.restored)
-    left = [item for item in in_flight if item.slot not in restored]
-    short = max(0, observed.desired - observed.good)
-    return left[len(left) - short :] if len(left) > short else left
+def surviving(under_way: int, desired: int, good: int) -> int:
+    """How many of the disruptions under way can still be: the fleet is short of so many; older ones are over.
+
+    Args:
+        under_way: Disruptions in the book, without the slots that have proved themselves since, for good or ill.
+        desired: Instances wanted.
+        good: Instances proven healthy and not leaving.
+    """
+    return min(under_way, max(0, desired - good))
 
 
 def _brake(
@@ -202,14 +200,13 @@ def _unshrinkable(request: Disruption, frozen_at: float | None) -> Reason | None
     return None
 
 
-def _over_budget(request: Disruption, slots: set[int], limit: int, frozen_at: float | None) -> Reason | None:
-    """A slot that is already out of service costs nothing more."""
-    if request.slot in slots or len(slots) < limit:
+def _over_budget(request: Disruption, under_way: int, limit: int, frozen_at: float | None) -> Reason | None:
+    if under_way < limit:
         return None
     if frozen_at is not None and request.cause is not Cause.OPERATOR:
-        return Reason("governor.frozen", "disruption is frozen by a storm", {"in_flight": len(slots), "limit": limit})
-    text = f"{len(slots)} of {limit} allowed disruptions are under way"
-    return Reason("governor.budget", text, {"in_flight": len(slots), "limit": limit})
+        return Reason("governor.frozen", "disruption is frozen by a storm", {"in_flight": under_way, "limit": limit})
+    text = f"{under_way} of {limit} allowed disruptions are under way"
+    return Reason("governor.budget", text, {"in_flight": under_way, "limit": limit})
 
 
 def _below_floor(request: Disruption, good: int, floor: int) -> Reason | None:

@@ -2,8 +2,9 @@
 
 The rules, each of them a property test:
 
-1. Only evidence makes an instance unhealthy: `failures` consecutive failures of one check, a silence beyond what its
-   heartbeats explain, its own word that it is busy without progress, or its backend's word. No evidence, no change.
+1. Only evidence makes an instance unhealthy: `failures` consecutive failures of one check and one more that confirms
+   them, a silence beyond what its heartbeats explain, its own word that it is busy without progress, or its backend's
+   word. No evidence, no change.
 2. A slow observer is no evidence: a probe that failed slowly while the prober itself was slow for half the time-out
    does not count (Dadgar, Phillips, Currey, "Lifeguard", DSN-W 2018), and a silence is shortened by the time in which
    the observer was deaf.
@@ -25,24 +26,29 @@ from agentfleet.core.evidence import Beat, HealthMemory, Probed, Seen, Signal, S
 from agentfleet.core.phi import Rhythm, expected, phi, silence_for
 from agentfleet.core.reason import Reason
 from agentfleet.instances import AgentStatus, HealthState, Phase
-from agentfleet.specs import Check, HealthPolicy, HeartbeatCheck
+from agentfleet.specs import Check, CustomCheck, HealthPolicy, HeartbeatCheck, HttpCheck, TcpCheck
 
 __all__ = ["Beat", "HealthMemory", "Probed", "Seen", "Signal", "Streak", "Tick", "Verdict", "decide"]
+
+_Probing = HttpCheck | TcpCheck | CustomCheck
 
 # ------------------------------------------------------------------------------------------------ what is decided
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is believed of an instance, since when, why, and when time alone may change it.
+    """What is believed of an instance, since when, why, and what would tell more.
 
     `since` is in seconds since the epoch; `wake` is when to send a `Tick`, None when only a signal can change anything.
+    `again` says that the check just answered has failed often enough, and should be asked once more at once: only if
+    that fails too, the instance is unhealthy. Whoever does not ask at once gets the same verdict a period later.
     """
 
     state: HealthState
     since: float
     reasons: tuple[Reason, ...]
     wake: float | None = None
+    again: bool = False
 
 
 _PASSING: Final = (Reason("health.passing", "every check passes"),)
@@ -76,7 +82,8 @@ def decide(policy: HealthPolicy, signal: Signal, memory: HealthMemory, now: floa
         seen = replace(seen, state=state, since=now, flaps=flaps)
     if isinstance(signal, Probed) and signal.error and state in (HealthState.SUSPECT, HealthState.UNHEALTHY):
         reasons = (*reasons, Reason("health.probe_failed", signal.error, {"latency_s": signal.latency}))
-    return Verdict(seen.state, seen.since, reasons, _wake(policy, seen, now)), seen
+    again = isinstance(signal, Probed) and seen is not memory and _needs_confirming(policy, signal, memory, seen)
+    return Verdict(seen.state, seen.since, reasons, _wake(policy, seen, now), again), seen
 
 
 # ------------------------------------------------------------------------------------------------ taking in a signal
@@ -113,8 +120,8 @@ def _absorb_probe(policy: HealthPolicy, probe: Probed, memory: HealthMemory, now
     elif _is_excused(policy, probe, memory, now):
         run, passing = streak.run, streak.passing
     else:
-        run = max(min(streak.run, 0) - 1, -check.failures)
-        passing = False if run <= -check.failures else streak.passing
+        run = max(min(streak.run, 0) - 1, -check.failures - 1)
+        passing = False if run < -check.failures else streak.passing
     checks = memory.checks
     if run != streak.run or passing is not streak.passing:
         checks = shared((*checks[: probe.check], Streak(passing, run), *checks[probe.check + 1 :]))
@@ -133,6 +140,20 @@ def _is_excused(policy: HealthPolicy, probe: Probed, memory: HealthMemory, now: 
     if probe.status is not None and probe.status.state == "draining":
         return True  # it may well answer 503 while it finishes
     return memory.checks[probe.check].passing is None and _in_grace(policy, memory, now)
+
+
+def _needs_confirming(policy: HealthPolicy, probe: Probed, before: HealthMemory, after: HealthMemory) -> bool:
+    """Whether this very failure has reached the threshold; an excused one has not, so nobody is asked in a loop."""
+    if not 0 <= probe.check < len(policy.checks):
+        return False
+    check, streak = policy.checks[probe.check], after.checks[probe.check]
+    if isinstance(check, HeartbeatCheck) or not _is_unconfirmed(check, streak):
+        return False
+    return before.checks[probe.check : probe.check + 1] != (streak,)
+
+
+def _is_unconfirmed(check: _Probing, streak: Streak) -> bool:
+    return streak.run == -check.failures and streak.passing is not False
 
 
 def _is_stuck(policy: HealthPolicy, status: AgentStatus) -> bool:
@@ -238,7 +259,7 @@ def _judge(policy: HealthPolicy, memory: HealthMemory, now: float) -> tuple[Heal
         return HealthState.UNHEALTHY, worst
     if undecided:
         return memory.state, _UNDECIDED
-    return (HealthState.SUSPECT, _suspicion(memory)) if suspect else (HealthState.HEALTHY, _PASSING)
+    return (HealthState.SUSPECT, _suspicion(policy, memory)) if suspect else (HealthState.HEALTHY, _PASSING)
 
 
 def _judge_readiness(policy: HealthPolicy, memory: HealthMemory, now: float) -> tuple[HealthState, tuple[Reason, ...]]:
@@ -271,9 +292,12 @@ def _is_heard(policy: HealthPolicy, check: HeartbeatCheck, memory: HealthMemory,
     return True if rhythm.count else None
 
 
-def _suspicion(memory: HealthMemory) -> tuple[Reason, ...]:
-    failures = max(-streak.run for streak in memory.checks)
-    return (Reason("health.failing", "a check fails, not often enough to decide", {"failures": failures}),)
+def _suspicion(policy: HealthPolicy, memory: HealthMemory) -> tuple[Reason, ...]:
+    numbers = {"failures": max(-streak.run for streak in memory.checks)}
+    for check, streak in zip(policy.checks, memory.checks, strict=True):
+        if not isinstance(check, HeartbeatCheck) and _is_unconfirmed(check, streak):
+            return (Reason("health.confirming", "a check has failed often enough; one more probe decides", numbers),)
+    return (Reason("health.failing", "a check fails, not often enough to decide", numbers),)
 
 
 def _explain(policy: HealthPolicy, check: Check, streak: Streak, memory: HealthMemory, now: float) -> Reason:

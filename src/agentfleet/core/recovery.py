@@ -51,10 +51,16 @@ class Case:
     ailment: Ailment
     since: float
     """When the ailment began, in seconds; while unproven, when the instance was created."""
+    late_at: float | None = None
+    """While unproven: when it ought to work at last. None: it may work already, only nothing is known of it."""
+    placed: bool = True
+    """Whether it runs somewhere; while it waits for a place or for its image, another one would wait as well."""
     other_nodes: bool = False
     """Whether there is another node to go to."""
     revision_sick: float = 0.0
     """Share of the revision's instances that are sick or dead, 0 to 1."""
+    crowd: float = 1.0
+    """How many times more slots are left to a human than may be disrupted at once: they share the further attempts."""
     can_roll_back: bool = False
     """Whether an earlier good revision is kept and no rollback is under way."""
 
@@ -153,28 +159,37 @@ def _while_unproven(
     """After an attempt, an instance that proves nothing within `settle` has not been healed by it.
 
     One that was healthy since was healed: if it is unknown now (the manager has restarted, say), that is no failure.
+    Nor is it to start slowly; but one that is known not to work when it is late has failed like any other.
     """
     if memory.acted_at is None or memory.healed:
+        until, why = case.late_at, Reason("recovery.starting", "waiting for it to begin its work")
+    else:
+        began = max(memory.acted_at, case.since)  # a replacement may have come long after the attempt
+        until = began + max(policy.settle, _wait(policy, case, memory))
+        if not case.placed and case.late_at is not None:
+            until = max(until, case.late_at)
+        why = Reason("recovery.settling", "waiting for the last attempt to show", {"left_s": until - now})
+    if until is None:
         return RecoveryDecision(None, (), None), memory
-    began = max(memory.acted_at, case.since)  # a replacement may have come long after the attempt
-    until = began + max(policy.settle, _wait(policy, memory))
     if now < until:
-        reason = Reason("recovery.settling", "waiting for the last attempt to show", {"left_s": until - now})
-        return RecoveryDecision(None, (reason,), until), memory
-    remedy, reason = _rung(policy, case, memory)
-    return RecoveryDecision(remedy, (reason,), None), memory
+        return RecoveryDecision(None, (why,), until), memory
+    remedy, why = _rung(policy, case, memory)
+    return RecoveryDecision(remedy, (why,), None), memory
 
 
-def _wait(policy: RecoveryPolicy, memory: RecoveryMemory) -> float:
-    """The back-off after the last attempt; once a human was told, its limit."""
-    return policy.backoff.limit if memory.asked else policy.backoff.delay(memory.attempts)
+def _wait(policy: RecoveryPolicy, case: Case, memory: RecoveryMemory) -> float:
+    """The back-off after the last attempt; once a human was told its limit, longer the more slots are so.
+
+    So a whole fleet that cannot be healed is tried no more often than the few instances that its budget allows.
+    """
+    return policy.backoff.limit * max(1.0, case.crowd) if memory.asked else policy.backoff.delay(memory.attempts)
 
 
 def _due(policy: RecoveryPolicy, case: Case, memory: RecoveryMemory) -> tuple[float, Reason]:
     """When the next attempt may be made."""
     if memory.acted_at is None:
         return case.since, Reason("recovery.first", "first attempt")
-    wait = _wait(policy, memory)
+    wait = _wait(policy, case, memory)
     if case.ailment is Ailment.SICK:
         wait = max(wait, policy.cooldown)  # it runs: acting again at once would only feed a restart loop
     due = memory.acted_at + wait
@@ -191,6 +206,9 @@ def _rung(policy: RecoveryPolicy, case: Case, memory: RecoveryMemory) -> tuple[R
     if case.ailment is Ailment.LOST and attempts < places:
         remedy = Remedy.ELSEWHERE if case.other_nodes else Remedy.REPLACE
         return remedy, Reason("recovery.lost", "its node cannot be reached: a restart there is impossible", numbers)
+    if not case.placed and attempts < places:
+        remedy = Remedy.ELSEWHERE if case.other_nodes else Remedy.REPLACE
+        return remedy, Reason("recovery.late", "it runs nowhere yet and is late: there is nothing to restart", numbers)
     if attempts < policy.restarts:
         return Remedy.RESTART, Reason("recovery.restart", f"{case.ailment.value}: restart in place", numbers)
     if attempts < policy.restarts + policy.replacements:

@@ -17,7 +17,7 @@ import anyio
 import anyio.to_thread
 
 from agentfleet.backends.process import ProcessBackend
-from agentfleet.demo.manager import JOURNAL, LEDGER_FILE, STATE
+from agentfleet.demo.manager import JOURNAL, LEDGER_FILE, STATE, spec
 from agentfleet.demo.report import measure, missed, promised
 from agentfleet.demo.view import View, best_view
 from agentfleet.errors import AgentFleetError
@@ -57,7 +57,7 @@ def run_demo(report: Path, *, plain: bool = False) -> int:
         with JsonlJournal(place / JOURNAL) as journal:
             events = list(journal.read())
         ledger = (place / LEDGER_FILE).read_text().split()
-    figures = measure(events, ledger, driver.killed_at)
+    figures = measure(events, ledger, driver.killed_at, spec(place).recovery.budget)
     figures["seconds"] = round(time.monotonic() - began, 1)
     figures["missed"] = missed(figures)
     report.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,9 @@ class _Driver:
             raise DemoError(f"the demo did not end within {DEADLINE:g} s; the manager said:\n{self._said()}") from error
         assert self._manager is not None
         with anyio.fail_after(30):
-            await anyio.to_thread.run_sync(self._manager.wait, abandon_on_cancel=True)
+            code = await anyio.to_thread.run_sync(self._manager.wait, abandon_on_cancel=True)
+        if code:
+            raise DemoError(f"the manager finished and then ended with code {code}; it said:\n{self._said()}")
 
     def _is_over(self, event: Event) -> bool:
         if event.kind == "demo.kill_me" and self.killed_at is None:

@@ -1,4 +1,7 @@
-"""What the demo has measured, beside what was promised: computed from the journal and the workers' ledger alone."""
+"""What the demo has measured, beside what was promised: computed from the journal and the workers' ledger alone.
+
+Spans are between the dates of events, not what the fleet says they were; and what was not seen is never a promise kept.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agentfleet.demo.service import GONE, disruptions, follow
 from agentfleet.display import Report, table
 from agentfleet.events import Event
 
@@ -23,9 +27,9 @@ class Promise:
     unit: str = "s"
 
     def kept(self, measured: Mapping[str, Any]) -> bool:
-        """Whether it was measured, and is no more than was promised."""
+        """Whether it was measured, and is no more than was promised; a span below zero is a broken clock."""
         value = self.value(measured)
-        return value is not None and value <= self.limit
+        return value is not None and 0 <= value <= self.limit
 
 
 def _of(*path: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -55,28 +59,31 @@ PROMISES = (
 )
 
 
-def measure(events: Sequence[Event], ledger: Iterable[str], killed_at: float | None) -> dict[str, Any]:
+def measure(
+    events: Sequence[Event], ledger: Iterable[str], killed_at: float | None, budget: Callable[[int], int]
+) -> dict[str, Any]:
     """All figures of the report.
 
     Args:
         events: The whole journal, in order.
         ledger: Ids of tasks that workers finished, once for each time they did.
         killed_at: When the driver killed the manager, in seconds since the epoch.
+        budget: How many instances may be disrupted at once, of so many wanted.
 
     Returns:
         JSON-ready figures; what was not observed is None.
     """
     tasks = _tasks(events, Counter(ledger))
     figures: dict[str, Any] = {
-        "deploy_s": _rollout(events, 1),
-        "scale_up_s": _between(events, "demo.spike", "demo.followed"),
-        "upgrade_s": _rollout(events, 2),
+        "deploy_s": _rollout(events, "deploy"),
+        "scale_up_s": _scale_up(events),
+        "upgrade_s": _rollout(events, "upgrade"),
         "rollback_s": _rollback(events),
-        "config_push_p99_s": max((e.data["p99_s"] for e in events if e.kind == "config.delivered"), default=None),
+        "config_push_p99_s": _configure(events),
         "manager_restart_s": _restart(events, killed_at),
         "instances_peak": max((_alive(e) for e in events if e.kind == "demo.pulse"), default=0),
         "tasks": tasks,
-        "disruptions": _disruptions(events),
+        "disruptions": disruptions(events, budget),
     }
     figures |= _hurt(events)
     return figures
@@ -92,28 +99,54 @@ def _between(events: Sequence[Event], begin: str, end: str) -> float | None:
     return round(ended.at - began.at, 3) if began and ended else None
 
 
-def _rollout(events: Sequence[Event], revision: int) -> float | None:
-    done = (e for e in events if e.kind == "rollout.completed" and e.data["revision"] == revision)
-    event = next((e for e in done if not e.data["rollback"]), None)
-    return None if event is None else float(event.data["seconds"])
+def _scale_up(events: Sequence[Event]) -> float | None:
+    """From the spike until as many are in service as it keeps busy; None if they were before: that proves nothing."""
+    spike: Event | None = None
+    for event, service in follow(events):
+        if event.kind == "demo.spike":
+            spike = event
+        if spike is not None and len(service.ready) >= spike.data["instances"]:
+            return round(event.at - spike.at, 3) if event is not spike else None
+    return None
+
+
+def _rollout(events: Sequence[Event], step: str, *, rollback: bool = False) -> float | None:
+    """From the beginning of a step until a rollout is complete; None unless all in service are of its revision."""
+    began = next((e for e in events if e.kind == "demo.step" and e.data["step"] == step), None)
+    if began is None:
+        return None
+    for event, service in follow(events):
+        done = event.kind == "rollout.completed" and event.data["rollback"] is rollback and event.seq > began.seq
+        if done:
+            return round(event.at - began.at, 3) if service.is_all(event.data["revision"]) else None
+    return None
 
 
 def _rollback(events: Sequence[Event]) -> float | None:
     """From the start of the broken upgrade to the last instance of the good revision."""
-    failed = _first(events, "rollout.failed")
-    if failed is None:
-        return None
-    done = next((e for e in events if e.kind == "rollout.completed" and e.data["rollback"] and e.at >= failed.at), None)
-    return None if done is None else round(done.at - failed.at + failed.data["seconds"], 3)
+    return _rollout(events, "break", rollback=True) if _first(events, "rollout.failed") else None
+
+
+def _configure(events: Sequence[Event]) -> float | None:
+    """From publication to the last answer, which of so few is the 99th percentile; None unless all have taken it."""
+    for event, service in follow(events):
+        if event.kind == "config.delivered":
+            all_took_it = event.data["refused"] == 0 and event.data["instances"] >= len(service.ready) > 0
+            return _between(events, "config.published", "config.delivered") if all_took_it else None
+    return None
 
 
 def _restart(events: Sequence[Event], killed_at: float | None) -> float | None:
-    """From the kill to the first task that the new manager saw completed."""
+    """From the kill to the first task that the new manager saw completed; None if an agent went down with it."""
     if killed_at is None:
         return None
     opened = _first(events, "demo.manager", killed_at)
     done = _first(events, "task.completed", opened.at) if opened else None
-    return None if done is None else round(done.at - killed_at, 3)
+    if done is None:
+        return None
+    served = next((frozenset(service.ready) for event, service in follow(events) if event.at >= killed_at), frozenset())
+    ended = {e.instance for e in events if e.kind in GONE and killed_at <= e.at <= done.at}
+    return None if served & ended else round(done.at - killed_at, 3)
 
 
 def _hurt(events: Sequence[Event]) -> dict[str, float | None]:
@@ -126,8 +159,7 @@ def _hurt(events: Sequence[Event]) -> dict[str, float | None]:
         later = [e for e in events if e.seq > hurt.seq]
         seen = next((e for e in later if e.kind == seen_by[what] and e.instance == hurt.instance), None)
         spans[what].append(None if seen is None else seen.at - hurt.at)
-        well = next((e for e in later if e.kind == "instance.recovered" and e.data["slot"] == hurt.data["slot"]), None)
-        recoveries.append(None if well is None else well.data["seconds"])
+        recoveries.append(_recovery(later, seen))
     detect = {what: _worst(found) for what, found in spans.items()}
     return {
         "detect_s": _worst(list(detect.values())),
@@ -136,6 +168,15 @@ def _hurt(events: Sequence[Event]) -> dict[str, float | None]:
         "detect_failing_s": detect["failing"],
         "recover_s": _worst(recoveries),
     }
+
+
+def _recovery(later: Sequence[Event], seen: Event | None) -> float | None:
+    """From when a hurt instance was found out until its slot was healthy again."""
+    if seen is None:
+        return None
+    slot, kind = seen.data["slot"], "instance.recovered"
+    well = next((e for e in later if e.kind == kind and e.data["slot"] == slot and e.seq > seen.seq), None)
+    return None if well is None else well.at - seen.at
 
 
 def _worst(spans: Sequence[float | None]) -> float | None:
@@ -148,25 +189,17 @@ def _alive(pulse: Event) -> int:
     return sum(condition != "draining" for condition in pulse.data["instances"].values())
 
 
-def _tasks(events: Sequence[Event], ledger: Counter[str]) -> dict[str, int]:
-    """Submitted by the dispatcher's journal, done by the workers' own notes."""
+def _tasks(events: Sequence[Event], ledger: Counter[str]) -> dict[str, int | None]:
+    """Submitted by the dispatcher's journal, done by the workers' own notes; of no tasks none can be lost or kept."""
     submitted = {e.data["id"] for e in events if e.kind == "task.submitted"}
     completed = {e.data["id"] for e in events if e.kind == "task.completed" and e.data.get("ok")}
     return {
         "submitted": len(submitted),
         "completed": len(completed & set(ledger)),
-        "lost": len(submitted - (completed & set(ledger))),
-        "duplicated": sum(count - 1 for count in ledger.values() if count > 1),
+        "lost": len(submitted - (completed & set(ledger))) if submitted else None,
+        "duplicated": sum(count - 1 for count in ledger.values()) if ledger else None,
         "handed_on": sum(e.kind == "task.retried" for e in events),
     }
-
-
-def _disruptions(events: Sequence[Event]) -> dict[str, int]:
-    """The most that were under way at one instant, the budget then, and by how many any instant exceeded its own."""
-    admitted = [event.data for event in events if event.kind == "governor.admitted"]
-    worst = max(admitted, key=lambda data: data["in_flight"], default={"in_flight": 0, "budget": 0})
-    over = max((data["in_flight"] - data["budget"] for data in admitted), default=0)
-    return {"max_concurrent": worst["in_flight"], "budget": worst["budget"], "over": max(0, over)}
 
 
 def promised(measured: Mapping[str, Any]) -> Report:

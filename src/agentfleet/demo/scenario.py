@@ -97,12 +97,11 @@ class Scenario:
         plan = [(id, "killed", signal.SIGKILL) for id in victims]
         plan += [(rest[0], "frozen", signal.SIGSTOP), (rest[1], "failing", signal.SIGUSR1)]
         slots = {self._fleet.view.members[id].instance.slot for id, _, _ in plan}
-        seen = self._healed_slots()
         for id, what, sign in plan:
             slot = self._fleet.view.members[id].instance.slot
             self._note("demo.hurt", id, what=what, slot=slot)
             os.kill(pid_of(id), sign)
-        await self._until(lambda: slots <= self._healed_slots() - seen or slots <= self._healed_slots(), 40)
+        await self._until(lambda: slots <= self._healed_slots(), 40)
         await self._fleet.ready(timeout=30)
 
     def _healed_slots(self) -> set[int]:

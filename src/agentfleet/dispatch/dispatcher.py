@@ -26,7 +26,9 @@ from agentfleet.dispatch.lanes import Lane, Lanes
 from agentfleet.dispatch.ports import Endpoints, Requests
 from agentfleet.dispatch.record import Past, Record
 from agentfleet.errors import OperationRefused, SpecError
+from agentfleet.loops import end_loops
 from agentfleet.stores.journal import Journal
+from agentfleet.waiting import period_of
 
 _REST_LIMIT = 30.0  # seconds that an instance which nobody reaches is left alone at most
 _LATE = 5.0  # seconds that an abandoned flight may still bring an answer
@@ -44,13 +46,13 @@ class Dispatcher:
         per_instance: Tasks that one instance is given at once. Agents that refuse (429) are left alone for a while.
         max_attempts: How often a task may fail by an agent's own answer before that is final.
         max_kills: How many instances may be gone before they have answered until a task is quarantined.
-        timeout: Seconds that one attempt may take. Past it the task has failed ("timeout"): its instance may still be
-            working on it, so it is not run again.
+        timeout: Time that one attempt may take, in seconds or like "30m". Past it the task has failed ("timeout"): its
+            instance may still be working on it, so it is not run again.
         max_open: Tasks waiting and in flight together.
         keep: Results kept for callers who submit an id again.
 
     Raises:
-        SpecError: A limit is less than 1.
+        SpecError: A limit is no whole number of at least 1, or `timeout` is no time span of more than 0.
     """
 
     def __init__(
@@ -64,16 +66,14 @@ class Dispatcher:
         per_instance: int = 1,
         max_attempts: int = 1,
         max_kills: int = 3,
-        timeout: float = 3600.0,
+        timeout: float | str = 3600.0,
         max_open: int = 100_000,
         keep: int = 1024,
     ) -> None:
         limits = {"per_instance": per_instance, "max_attempts": max_attempts, "max_kills": max_kills}
         for name, value in (limits | {"max_open": max_open, "keep": keep}).items():
-            if value < 1:
-                raise SpecError(f"{name} is {value}; it must be at least 1")
-        if timeout <= 0:
-            raise SpecError(f"timeout is {timeout}; it must be more than 0 seconds")
+            if type(value) is not int or value < 1:
+                raise SpecError(f"{name} is {value!r:.80}; it must be a whole number of at least 1")
         self._endpoints = endpoints
         self._http = http
         self._clock = clock
@@ -81,7 +81,7 @@ class Dispatcher:
         self._lanes = Lanes(per_instance)
         self._max_attempts = max_attempts
         self._max_kills = max_kills
-        self._timeout = timeout
+        self._timeout = period_of(timeout, "timeout")
         self._max_open = max_open
         self._keep = keep
         self._jobs: dict[str, Job] = {}
@@ -107,12 +107,8 @@ class Dispatcher:
     ) -> bool | None:
         group, self._group = self._group, None
         assert group is not None
-        group.cancel_scope.cancel()
         try:
-            if isinstance(error, anyio.get_cancelled_exc_class()):  # perhaps by the group, because a task of it failed
-                return await group.__aexit__(kind, error, trace)
-            await group.__aexit__(None, None, None)  # the body's own error stays as it is, not in a group
-            return None
+            return await end_loops(group, kind, error, trace)
         finally:
             for job in self._jobs.values():
                 job.done.set()  # without a result: whoever waits is told that the dispatcher was closed

@@ -1,8 +1,7 @@
 """A small HTTP/1.1 client for asking agents: keep-alive, deadlines, bounded answers, asyncio and trio alike.
 
-It works on plain non-blocking sockets and `anyio.wait_readable`, because a probe is two system calls and one wait: a
-transport, a stream and a protocol object in between would cost more than the probe. There is no TLS, no redirect and
-no cookie: agents answer on their fleet's own network.
+It works on plain non-blocking sockets, because a probe is a few system calls and one wait: `wire.py` writes and reads
+HTTP on them, `inbox.py` waits. There is no TLS, no redirect and no cookie: agents answer on their fleet's own network.
 """
 
 from __future__ import annotations
@@ -86,12 +85,11 @@ class HttpClient:
         """Close every connection; requests under way end with `HttpError`. Never waits, may be repeated."""
         self._closed = True
         for connection in self._active:
-            anyio.notify_closing(connection.sock)
-            connection.sock.close()
+            connection.break_off()
         self._active.clear()
         for kept in self._idle.values():
             for _, connection in kept:
-                connection.sock.close()
+                connection.close()
         self._idle.clear()
         self._idle_count = 0
 
@@ -152,7 +150,7 @@ class HttpClient:
 
     async def _on(self, connection: Connection, method: str, message: bytes) -> Response:
         if self._closed:
-            connection.sock.close()
+            connection.close()
             raise HttpError("this client is closed", sent=False)
         self._active.add(connection)
         keep = False
@@ -167,7 +165,7 @@ class HttpClient:
             if keep and not connection.buffer and not self._closed:
                 self._keep(connection)
             else:
-                connection.sock.close()
+                connection.close()
         return response
 
     async def _converse(self, connection: Connection, method: str, message: bytes) -> tuple[Response, bool]:
@@ -196,7 +194,7 @@ class HttpClient:
                 del self._idle[address]
             if connection.silent():
                 return connection
-            connection.sock.close()
+            connection.close()
         return None
 
     def _keep(self, connection: Connection) -> None:
@@ -205,7 +203,7 @@ class HttpClient:
         kept = self._idle.pop(address, None) or deque()
         connection.used = True
         if len(kept) >= self._per_address or not self._make_room(now):
-            connection.sock.close()
+            connection.close()
         else:
             kept.append((now, connection))
             self._idle_count += 1
@@ -223,7 +221,7 @@ class HttpClient:
         for address, kept in self._idle.items():  # looks at the first only
             if now - kept[0][0] < self._idle_timeout:
                 return False
-            kept.popleft()[1].sock.close()
+            kept.popleft()[1].close()
             self._idle_count -= 1
             if not kept:
                 del self._idle[address]

@@ -64,7 +64,7 @@ class SocketProber:
             elif isinstance(check, TcpCheck):
                 await connect_check(_address(instance), check.deadline)
             elif isinstance(check, CustomCheck):
-                error = await _call(check, instance)
+                error = await call_check(check, instance)
             else:
                 error = "heartbeats come by themselves and cannot be asked for"
         except (HttpError, DeadlineExceeded, SpecError) as failure:
@@ -135,8 +135,8 @@ def _address(instance: Instance) -> str:
     return instance.address
 
 
-async def _call(check: CustomCheck, instance: Instance) -> str | None:
-    """Call the user's function; what is wrong, or None.
+async def call_check(check: CustomCheck, instance: Instance) -> str | None:
+    """Call the user's function within the check's deadline; what is wrong, or None.
 
     A plain function is called directly and must not block; one that waits for anything is written `async`.
     """

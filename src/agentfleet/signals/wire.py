@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import anyio
 
 from agentfleet.errors import AgentFleetError, SpecError
+from agentfleet.signals.inbox import inbox
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", re.ASCII)
 _TARGET = re.compile(r"/[!-~]*", re.ASCII)
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _STATUS = re.compile(r"HTTP/1\.([01]) ([1-5]\d\d)(?: [\t\x20-\x7e\x80-\xff]*)?", re.ASCII)
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
-_RECEIVE = 65_536
 _MAX_HEAD = 65_536
 _MAX_INTERIM = 16
 
@@ -52,11 +52,12 @@ class Response:
 class Connection:
     """One socket and the bytes received on it that nobody has read yet."""
 
-    __slots__ = ("address", "answered", "buffer", "sock", "used")
+    __slots__ = ("_inbox", "_sock", "address", "answered", "buffer", "used")
 
     def __init__(self, address: str, sock: socket.socket) -> None:
         self.address = address
-        self.sock = sock
+        self._sock = sock
+        self._inbox = inbox(sock)
         self.buffer = b""
         self.used = False
         """Whether an earlier request was answered on it."""
@@ -66,7 +67,7 @@ class Connection:
     def silent(self) -> bool:
         """Whether the peer has neither closed nor spoken since the last answer."""
         try:
-            self.sock.recv(1, socket.MSG_PEEK)
+            self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return not self.buffer
         except OSError:
@@ -78,21 +79,16 @@ class Connection:
         view = memoryview(data)
         while view:
             try:
-                view = view[self.sock.send(view) :]
+                view = view[self._sock.send(view) :]
             except BlockingIOError:
-                await anyio.wait_writable(self.sock)
+                await anyio.wait_writable(self._sock)
 
     async def more(self) -> bool:
         """Receive something; False at the end of the stream."""
-        while True:
-            await anyio.wait_readable(self.sock)
-            try:
-                data = self.sock.recv(_RECEIVE)
-            except BlockingIOError:
-                continue  # readiness is a hint
-            self.buffer = self.buffer + data if self.buffer else data
-            self.answered = self.answered or bool(data)
-            return bool(data)
+        data = await self._inbox.receive()
+        self.buffer = self.buffer + data if self.buffer else data
+        self.answered = self.answered or bool(data)
+        return bool(data)
 
     async def until(self, mark: bytes, limit: int, what: str) -> bytes:
         """The bytes before `mark`, which is consumed."""
@@ -122,6 +118,16 @@ class Connection:
             parts.append(self.buffer[:missing])
             self.buffer, missing = self.buffer[missing:], missing - len(parts[-1])
         return b"".join(parts)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._inbox.close()
+
+    def break_off(self) -> None:
+        """Close the socket under the task that uses it; its waiting ends with `anyio.ClosedResourceError`."""
+        anyio.notify_closing(self._sock)
+        self._inbox.break_off()
+        self._inbox.close()
 
 
 # ------------------------------------------------------------------------------------------------ connecting

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
-from agentfleet.clock import Clock
 from agentfleet.errors import JournalError, SpecError
 from agentfleet.events import Event
 from agentfleet.stores import jsonl_file as files
@@ -49,6 +48,9 @@ class JsonlJournal:
         "_size", "_states", "_step", "_trimmed", "closed",
     )  # fmt: skip
 
+    tail: ClassVar = JournalTail
+    """`JsonlJournal.tail(path)` reads a journal that another process writes."""
+
     def __init__(self, path: str | os.PathLike[str], *, limit_bytes: int = 64 << 20, fsync: bool = False) -> None:
         if limit_bytes < 4096:
             raise SpecError(f"limit_bytes: must be at least 4096 bytes; got {limit_bytes}")
@@ -72,19 +74,6 @@ class JsonlJournal:
         except JournalError:
             self._lock.release()
             raise
-
-    @staticmethod
-    def tail(
-        path: str | os.PathLike[str],
-        *,
-        fleet: str | None = None,
-        after: int = 0,
-        follow: bool = True,
-        period: float = 0.2,
-        clock: Clock | None = None,
-    ) -> JournalTail:
-        """Read a journal that another process writes; see `JournalTail`."""
-        return JournalTail(path, fleet=fleet, after=after, follow=follow, period=period, clock=clock)
 
     def append(self, event: Event) -> Event:
         """Record one event and return it with its `seq`.

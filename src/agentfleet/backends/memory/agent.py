@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from agentfleet.backends.memory.arguments import Range
 from agentfleet.instances import Instance, Node, Phase
 
 LOG_LINES = 200
@@ -21,7 +22,7 @@ class Behavior:
     ready_after: float = 0.0
     slow: float = 0.0
     ignores_term: bool = False
-    start_delay: tuple[float, float] | None = None
+    start_delay: Range | None = None
 
 
 @dataclass(frozen=True, slots=True)

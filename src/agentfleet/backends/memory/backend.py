@@ -10,14 +10,16 @@ import anyio.lowlevel
 
 from agentfleet.backends.base import Creation
 from agentfleet.backends.memory.agent import LOG_LINES, Agent, Behavior, Load, Machine
+from agentfleet.backends.memory.arguments import Range, flag, machines, seconds, seconds_or_none, span, whole
 from agentfleet.backends.memory.faults import Action, Faults
 from agentfleet.backends.memory.network import MemoryNetwork
 from agentfleet.backends.memory.prober import MemoryProber
 from agentfleet.backends.memory.watch import Watch
-from agentfleet.backends.memory.world import Range, World
+from agentfleet.backends.memory.world import World
 from agentfleet.clock import Clock, SystemClock
-from agentfleet.errors import BackendRefused, BackendUnavailable, Conflict
+from agentfleet.errors import BackendRefused, BackendUnavailable, Conflict, SpecError
 from agentfleet.instances import Instance, Node, Phase, Usage
+from agentfleet.units import show
 
 LoadSource = Load | Callable[[Instance, float], Load]
 _USAGE_WINDOW = 15.0
@@ -35,13 +37,16 @@ class MemoryBackend:
         seed: Of everything random.
         clock: Dates and waits; a `SystemClock` when omitted. Give it the manager's own, so that dates agree.
         nodes: How many nodes (named node-1, node-2, …, over three zones), or the nodes themselves.
-        start_delay: Least and most seconds from an instance's placement to its start.
-        stop_delay: Least and most seconds that a drain takes.
+        start_delay: Least and most seconds from an instance's placement to its start; one number is both.
+        stop_delay: Least and most seconds that a drain takes; one number is both.
         capacity_per_node: Instances that fit on one node; more wait as PENDING. None is no limit.
         resync: Seconds until a snapshot repairs lost events.
 
     Attributes:
         faults: What can be made to go wrong.
+
+    Raises:
+        SpecError: An argument is wrong; the message names it.
     """
 
     def __init__(
@@ -50,22 +55,19 @@ class MemoryBackend:
         seed: int = 0,
         clock: Clock | None = None,
         nodes: int | Iterable[Node] = 3,
-        start_delay: Range = (0.5, 2.0),
-        stop_delay: Range = (0.1, 0.5),
+        start_delay: float | Range = (0.5, 2.0),
+        stop_delay: float | Range = (0.1, 0.5),
         capacity_per_node: int | None = None,
         resync: float = 30.0,
     ) -> None:
-        for name, span in (("start_delay", start_delay), ("stop_delay", stop_delay)):
-            if not 0 <= span[0] <= span[1]:
-                raise ValueError(f"{name} is (least, most) in seconds, not {span}")
-        listed = [_node(n) for n in range(nodes)] if isinstance(nodes, int) else list(nodes)
+        room = None if capacity_per_node is None else whole("capacity_per_node", capacity_per_node, least=0)
         self._world = World(
-            seed=seed,
+            seed=whole("seed", seed),
             clock=clock or SystemClock(),
-            machines=[Machine(node, capacity_per_node, reachable=node.ready) for node in listed],
-            start=start_delay,
-            stop=stop_delay,
-            resync=resync,
+            machines=[Machine(node, room, reachable=node.ready) for node in machines(nodes)],
+            start=span("start_delay", start_delay),
+            stop=span("stop_delay", stop_delay),
+            resync=seconds("resync", resync),
         )
         self._entered = 0
         self._loads: dict[tuple[str | None, str | None], LoadSource] = {}
@@ -177,7 +179,7 @@ class MemoryBackend:
         ready_after: float = 0.0,
         slow: float = 0.0,
         ignores_term: bool = False,
-        start_delay: Range | None = None,
+        start_delay: float | Range | None = None,
     ) -> None:
         """Declare how processes of a version behave that start from now on; called without more, they behave well.
 
@@ -191,16 +193,21 @@ class MemoryBackend:
             slow: Seconds that its answers take.
             ignores_term: A drain takes its whole grace.
             start_delay: In place of the backend's.
+
+        Raises:
+            SpecError: An argument is wrong; the message names it.
         """
+        if not isinstance(version, str | None):
+            raise SpecError(f"version: write a template's version like '1.4.0', or None for all, not {show(version)}")
         self._world.behaviors[version] = Behavior(
-            crash_after=crash_after,
-            exit_code=exit_code,
-            unhealthy_after=unhealthy_after,
-            never_ready=never_ready,
-            ready_after=ready_after,
-            slow=slow,
-            ignores_term=ignores_term,
-            start_delay=start_delay,
+            crash_after=seconds_or_none("crash_after", crash_after),
+            exit_code=whole("exit_code", exit_code),
+            unhealthy_after=seconds_or_none("unhealthy_after", unhealthy_after),
+            never_ready=flag("never_ready", never_ready),
+            ready_after=seconds("ready_after", ready_after),
+            slow=seconds("slow", slow),
+            ignores_term=flag("ignores_term", ignores_term),
+            start_delay=None if start_delay is None else span("start_delay", start_delay),
         )
 
     def load(self, source: LoadSource, *, fleet: str | None = None, id: str | None = None) -> None:
@@ -285,7 +292,3 @@ class MemoryBackend:
 
 
 _IDLE = Load()
-
-
-def _node(number: int) -> Node:
-    return Node(f"node-{number + 1}", zone=f"zone-{'abc'[number % 3]}")

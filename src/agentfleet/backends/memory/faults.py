@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 from agentfleet.backends.memory.agent import Agent, Condition, Machine
 from agentfleet.backends.memory.watch import Watch
@@ -20,6 +20,20 @@ from agentfleet.instances import Phase
 
 Action = Literal["create", "stop", "restart", "usage", "logs"]
 CHANGES: tuple[Action, ...] = ("create", "stop", "restart")
+
+
+class Among(TypedDict, total=False):
+    """Which instances a fault hits: those on a node, those of a fleet, or those of which both are true."""
+
+    node: str | None
+    fleet: str | None
+
+
+class Ailing(Among, total=False):
+    """Whom an ailment hits, how long it lasts, and whether it survives a restart in place."""
+
+    seconds: float | None
+    sticky: bool
 
 
 @dataclass(slots=True)
@@ -54,73 +68,37 @@ class Faults:
 
     # -------------------------------------------------------------------------------------------- instances
 
-    def crash(
-        self, id: str | None = None, *, node: str | None = None, fleet: str | None = None, code: int | None = 1
-    ) -> int:
+    def crash(self, id: str | None = None, *, code: int | None = 1, **among: Unpack[Among]) -> int:
         """End processes with an exit code; negative is a signal, None is unknown."""
         now = self._world.advance()
-        hit = [agent for agent in self._pick(id, node, fleet) if agent.runs]
+        hit = [agent for agent in self._pick(id, **among) if agent.runs]
         for agent in hit:
             self._world.exit(agent, now, code)
         return len(hit)
 
-    def hang(
-        self,
-        id: str | None = None,
-        *,
-        node: str | None = None,
-        fleet: str | None = None,
-        seconds: float | None = None,
-        sticky: bool = False,
-    ) -> int:
+    def hang(self, id: str | None = None, **how: Unpack[Ailing]) -> int:
         """The process runs but answers nothing: HTTP probes time out, SIGTERM is ignored. TCP is still accepted."""
-        return self._ail(self._pick(id, node, fleet), "hung", True, cured=False, seconds=seconds, sticky=sticky)
+        return self._ail("hung", True, id, **how)
 
-    def slow(
-        self,
-        latency: float,
-        id: str | None = None,
-        *,
-        node: str | None = None,
-        fleet: str | None = None,
-        seconds: float | None = None,
-        sticky: bool = False,
-    ) -> int:
+    def slow(self, latency: float, id: str | None = None, **how: Unpack[Ailing]) -> int:
         """Answers take `latency` seconds."""
-        return self._ail(self._pick(id, node, fleet), "slow", latency, cured=0.0, seconds=seconds, sticky=sticky)
+        return self._ail("slow", latency, id, **how)
 
-    def unhealthy(
-        self,
-        id: str | None = None,
-        *,
-        node: str | None = None,
-        fleet: str | None = None,
-        seconds: float | None = None,
-        sticky: bool = False,
-    ) -> int:
+    def unhealthy(self, id: str | None = None, **how: Unpack[Ailing]) -> int:
         """HTTP probes are answered with 503."""
-        return self._ail(self._pick(id, node, fleet), "unhealthy", True, cured=False, seconds=seconds, sticky=sticky)
+        return self._ail("unhealthy", True, id, **how)
 
-    def stall(
-        self,
-        id: str | None = None,
-        *,
-        node: str | None = None,
-        fleet: str | None = None,
-        seconds: float | None = None,
-        sticky: bool = False,
-    ) -> int:
+    def stall(self, id: str | None = None, **how: Unpack[Ailing]) -> int:
         """Probes are answered well, but /status tells of a task without progress since now."""
-        now = self._world.advance()
-        return self._ail(self._pick(id, node, fleet), "stalled_since", now, cured=None, seconds=seconds, sticky=sticky)
+        return self._ail("stalled_since", self._world.advance(), id, **how)
 
-    def ignore_term(self, id: str | None = None, *, node: str | None = None, fleet: str | None = None) -> int:
+    def ignore_term(self, id: str | None = None, **among: Unpack[Among]) -> int:
         """SIGTERM is ignored: a drain takes its whole grace and ends in the kill."""
-        return self._ail(self._pick(id, node, fleet), "ignores_term", True, cured=False, seconds=None, sticky=False)
+        return self._ail("ignores_term", True, id, **among)
 
-    def cure(self, id: str | None = None, *, node: str | None = None, fleet: str | None = None) -> int:
+    def cure(self, id: str | None = None, **among: Unpack[Among]) -> int:
         """Undo everything that ails processes."""
-        hit = [agent for agent in self._pick(id, node, fleet) if agent.condition is not None]
+        hit = [agent for agent in self._pick(id, **among) if agent.condition is not None]
         for agent in hit:
             agent.condition = None
         return len(hit)
@@ -268,7 +246,7 @@ class Faults:
 
     # -------------------------------------------------------------------------------------------- inside
 
-    def _pick(self, id: str | None, node: str | None, fleet: str | None) -> list[Agent]:
+    def _pick(self, id: str | None, *, node: str | None = None, fleet: str | None = None) -> list[Agent]:
         """The instances meant, oldest first."""
         if id is not None and id not in self._world.agents:
             raise InstanceGone(f"there is no instance {id!r} (any more) to make a fault in")
@@ -277,21 +255,30 @@ class Faults:
         return [agent for agent in found if fleet is None or agent.fleet == fleet]
 
     def _ail(
-        self, hit: list[Agent], what: str, value: object, *, cured: object, seconds: float | None, sticky: bool
+        self,
+        what: str,
+        value: object,
+        id: str | None,
+        *,
+        seconds: float | None = None,
+        sticky: bool = False,
+        **among: Unpack[Among],
     ) -> int:
+        """Set one field of the conditions of those meant, until it is undone."""
         now = self._world.advance()
+        hit = self._pick(id, **among)
         for agent in hit:
             condition = agent.ail()
             setattr(condition, what, value)
             condition.sticky = condition.sticky or sticky
-            self._until(now, (agent.id, what), seconds, self._curing(agent, condition, what, cured))
+            self._until(now, (agent.id, what), seconds, self._curing(agent, condition, what))
         return len(hit)
 
     @staticmethod
-    def _curing(agent: Agent, condition: Condition, what: str, cured: object) -> Callable[[float], None]:
+    def _curing(agent: Agent, condition: Condition, what: str) -> Callable[[float], None]:
         def cure(_: float) -> None:
             if agent.condition is condition:
-                setattr(condition, what, cured)
+                setattr(condition, what, getattr(Condition(), what))
 
         return cure
 

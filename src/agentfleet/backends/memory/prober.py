@@ -8,7 +8,8 @@ from agentfleet.backends.memory.agent import Agent, Load
 from agentfleet.backends.memory.world import World
 from agentfleet.core.evidence import Probed
 from agentfleet.instances import AgentStatus, Instance, Phase
-from agentfleet.specs import Check, HeartbeatCheck, HttpCheck, TcpCheck
+from agentfleet.signals.probes import call_check
+from agentfleet.specs import Check, CustomCheck, HeartbeatCheck, HttpCheck, TcpCheck
 
 _QUICK = 0.002
 """Seconds that a healthy answer is said to have taken."""
@@ -19,7 +20,7 @@ class MemoryProber:
 
     A process that has ended or moved refuses the connection; a lost node or a hung process answers nothing until the
     deadline; an unhealthy one answers 503. The kernel accepts TCP for a hung process too, so a TCP check does not see
-    a hang. A custom check is not called: it fails exactly when an HTTP check would.
+    a hang. A custom check is called like anywhere else, and knows nothing of faults but what it asks for itself.
     """
 
     def __init__(self, world: World, load: Callable[[Agent, float], Load]) -> None:
@@ -47,6 +48,10 @@ class MemoryProber:
         began = self._world.advance()
         if isinstance(check, HeartbeatCheck):
             return Probed(index, False, began, error="heartbeats come by themselves and cannot be asked for")
+        if isinstance(check, CustomCheck):
+            error = await call_check(check, instance)
+            now = self._world.advance()
+            return Probed(index, error is None, now, now - began, error=error)
         latency = self._latency(instance, check)
         if latency > check.deadline:
             await self._world.clock.sleep(check.deadline)
@@ -63,7 +68,7 @@ class MemoryProber:
         agent = self._world.agents.get(instance.id)
         return agent if agent is not None and agent.runs and agent.address == instance.address else None
 
-    def _latency(self, instance: Instance, check: object) -> float:
+    def _latency(self, instance: Instance, check: HttpCheck | TcpCheck) -> float:
         agent = self._world.agents.get(instance.id)
         if agent is not None and agent.lost:
             return float("inf")
@@ -72,13 +77,15 @@ class MemoryProber:
             return _QUICK
         return float("inf") if agent.condition.hung else max(_QUICK, agent.condition.slow)
 
-    def _answer(self, instance: Instance, check: object, now: float) -> tuple[str | None, AgentStatus | None]:
+    def _answer(
+        self, instance: Instance, check: HttpCheck | TcpCheck, now: float
+    ) -> tuple[str | None, AgentStatus | None]:
         agent = self._agent(instance)
         if agent is None:
             return "connection refused", None
         if isinstance(check, TcpCheck):
             return None, None
-        path = check.path if isinstance(check, HttpCheck) else ""
+        path = check.path.partition("?")[0]
         status = self._status(agent, now) if path == "/status" else None
         sick = agent.condition is not None and agent.condition.unhealthy
         if sick or (path == "/ready" and not agent.ready):

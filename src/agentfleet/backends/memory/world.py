@@ -18,12 +18,12 @@ from hashlib import blake2b
 
 from agentfleet.backends.base import Changed, Creation, Removed, Snapshot
 from agentfleet.backends.memory.agent import Agent, Behavior, Machine
+from agentfleet.backends.memory.arguments import Range
 from agentfleet.backends.memory.watch import Watch
 from agentfleet.clock import Clock
 from agentfleet.errors import InstanceGone
 from agentfleet.instances import Phase
 
-Range = tuple[float, float]
 AgentEvent = Callable[[Agent, float], None]
 EngineEvent = Callable[[float], None]
 Due = tuple[float, int, EngineEvent | None, AgentEvent | None, Agent | None, int]

@@ -199,7 +199,8 @@ class Keeper:
         try:
             await self._launch(replace(self.record, started_at=self._house.clock.now()))
         except BackendRefused as error:
-            self.record = replace(before, restarts=restarts, exit_code=_NOT_EXECUTABLE)
+            stop_by = self.record.stop_by  # a stop may have come meanwhile
+            self.record = replace(before, restarts=restarts, exit_code=_NOT_EXECUTABLE, stop_by=stop_by)
             path, text = self._house.state.output(before.id), str(error)
             await self._file("note why it did not start", lambda: output.note(path, text))
             await self._save()

@@ -1,0 +1,75 @@
+"""What `Fleet` waits for once it has stated what is wanted: that it is so, or the error that says why it is not."""
+
+from __future__ import annotations
+
+from agentfleet.core.rollout import RolloutPhase
+from agentfleet.errors import OperationRefused, RolloutFailed
+from agentfleet.runtime import Runtime
+from agentfleet.state import FleetState
+
+# Each waits for at most `seconds`, None for no deadline, and raises `DeadlineExceeded` after that.
+
+
+async def ready(runtime: Runtime, seconds: float | None) -> None:
+    """As many instances as wanted are healthy, and no others are there."""
+
+    def enough() -> bool:
+        state, counts = runtime.desk.state, runtime.desk.view.total_counts()
+        return state is not None and counts.good == counts.total == state.desired
+
+    await runtime.until(enough, seconds, "all instances are healthy")
+
+
+async def emptied(runtime: Runtime, seconds: float | None) -> None:
+    """No instance is left.
+
+    Raises:
+        OperationRefused: Instances are wanted again.
+    """
+    view = runtime.desk.view
+
+    def over() -> bool:
+        state = runtime.desk.state
+        return not view or (state is not None and state.desired > 0)
+
+    await runtime.until(over, seconds, "all instances are gone")
+    if view:
+        raise OperationRefused(f"fleet {runtime.name} was started or deployed again before all instances were gone")
+
+
+async def rolled_out(runtime: Runtime, wanted: FleetState, seconds: float | None) -> None:
+    """The rollout that `wanted` begins is over; while the fleet is paused or stopped there is none to wait for.
+
+    Raises:
+        RolloutFailed: It failed, or another revision was asked for.
+        OperationRefused: The fleet was stopped before the end.
+    """
+    number = wanted.target
+
+    def over() -> bool:
+        state = runtime.desk.wanted
+        return not state.desired or not state.rolling
+
+    if wanted.paused:
+        return
+    await runtime.until(over, seconds, f"revision {number} is rolled out")
+    state = runtime.desk.wanted
+    if state.rolling:
+        if wanted.desired:
+            raise OperationRefused(f"revision {number} is not rolled out yet: the fleet was stopped; start it")
+    elif state.target != number or state.rollout.phase is RolloutPhase.FAILED:
+        why = await runtime.postmortem.explain(number) or "another revision was asked for meanwhile"
+        runs = f"the fleet runs revision {state.target} ({state.template.version})"
+        raise RolloutFailed(f"revision {number} could not be rolled out: {why}; {runs}")
+
+
+async def brought_up(runtime: Runtime, wanted: FleetState, seconds: float | None) -> None:
+    """What `deploy` has asked for is so; raises like `rolled_out`."""
+
+    async def wait() -> None:
+        await rolled_out(runtime, wanted, None)
+        if wanted.desired:
+            await ready(runtime, None)
+
+    what = f"revision {wanted.target} is rolled out and all instances are healthy"
+    await runtime.waiting.within(seconds, what, wait)
