@@ -1,0 +1,509 @@
+"""The election loop: one manager's part in leading one fleet. Works alone, over any store that can compare and set.
+
+    async with Leadership("researchers", leases) as leadership:
+        async for term in leadership.terms():
+            with term.held():                      # cancelled when another has taken over
+                await manage(fence=term)           # every write: with term.writing(timeout=5.0): await send()
+
+`core.leadership` decides; this loop asks the store, keeps the time, and tells the writers. Leaving the block gives the
+lease up, so that another manager leads within a second. Whoever must not act is told by `NotLeader`, at the moment of
+acting: the term's deadline is compared with the clock at each use, so that no loop has to run for it to be over.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Protocol, Self
+
+import anyio
+from anyio.abc import TaskGroup
+
+from agentfleet.clock import Clock, SystemClock
+from agentfleet.core.leadership import (
+    Action,
+    Failed,
+    LeaseDecision,
+    LeaseMemory,
+    LeaseObserved,
+    LeasePolicy,
+    LeaseRecord,
+    Looked,
+    News,
+    Refused,
+    Wrote,
+    decide,
+)
+from agentfleet.errors import AgentFleetError, BackendUnavailable, Conflict, DeadlineExceeded, NotLeader
+from agentfleet.loops import end_loops
+
+_BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+class LeaseStore(Protocol):
+    """Where leases are kept. Each call gives up after `timeout` seconds, raising `DeadlineExceeded`."""
+
+    async def get(self, name: str, *, timeout: float) -> LeaseRecord | None:
+        """The lease as it is, None if there is none."""
+        ...
+
+    async def create(self, name: str, record: LeaseRecord, *, timeout: float) -> LeaseRecord:
+        """Make the lease and return it with its version; raises `Conflict` if there is one."""
+        ...
+
+    async def update(self, name: str, record: LeaseRecord, *, timeout: float) -> LeaseRecord:
+        """Change the lease and return it; raises `Conflict` unless it still is `record.version` of `record.uid`.
+
+        Every accepted update makes a new version, also one that changes nothing else.
+        """
+        ...
+
+
+class BootClock:
+    """Seconds since the machine started, time asleep included: a suspended leader wakes up knowing that it is late."""
+
+    def now(self) -> float:
+        """Seconds since the machine started."""
+        return time.clock_gettime(_BOOT)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait on the event loop's time."""
+        await anyio.sleep(max(0.0, seconds))
+
+
+class Term:
+    """A span of leading, under one epoch. It is the `Fence` that writers are given.
+
+    It may lapse and come back, when a renewal was late and nobody else has led meanwhile. Once it is over it stays so.
+    """
+
+    __slots__ = ("_clock", "_ended", "_scopes", "_sent", "_valid_until", "epoch", "identity", "name")
+
+    def __init__(self, name: str, identity: str, epoch: int, valid_until: float, clock: Clock) -> None:
+        self.name = name
+        self.identity = identity
+        self.epoch = epoch
+        self._valid_until = valid_until
+        self._clock = clock
+        self._ended = anyio.Event()
+        self._scopes: set[anyio.CancelScope] = set()
+        self._sent: dict[object, float] = {}
+        """Until when each write may still arrive whose answer is not known."""
+
+    @property
+    def valid_until(self) -> float:
+        """When it lapses unless it is renewed before, on the leadership's clock."""
+        return self._valid_until
+
+    @property
+    def left(self) -> float:
+        """Seconds in which it may be acted upon for certain."""
+        return 0.0 if self.over else max(0.0, self._valid_until - self._clock.now())
+
+    @property
+    def valid(self) -> bool:
+        """Whether it may be acted upon now."""
+        return self.left > 0
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended for good."""
+        return self._ended.is_set()
+
+    def ensure(self) -> int:
+        """The epoch; raises `NotLeader` if it may not be acted upon now."""
+        self._need(0.0)
+        return self.epoch
+
+    def deadline(self, timeout: float, *, least: float = 0.1) -> float:
+        """The deadline in seconds to send a write with: `timeout`, or less if the term lapses before.
+
+        A write that is answered or given up by then cannot meet another leader's.
+
+        Args:
+            timeout: The deadline that it would have otherwise.
+            least: Seconds that the write needs at least.
+
+        Raises:
+            NotLeader: The term is over or has lapsed, or lapses within `least` seconds.
+        """
+        return min(timeout, self._need(min(least, timeout)))
+
+    @contextmanager
+    def writing(self, timeout: float, *, least: float = 0.1) -> Iterator[float]:
+        """Around one write: checks, cuts it off at `deadline`, and remembers one whose fate is not known.
+
+        The lease is not given up before such a write can no longer arrive.
+
+        Raises:
+            NotLeader: Likewise; nothing was sent.
+            DeadlineExceeded: It was cut off.
+        """
+        key, deadline = object(), self.deadline(timeout, least=least)
+        now = self._clock.now()
+        self._sent = {each: until for each, until in self._sent.items() if until > now}
+        self._sent[key] = now + deadline
+        try:
+            with anyio.fail_after(deadline):
+                yield deadline
+        except TimeoutError as error:
+            if isinstance(error, DeadlineExceeded):
+                raise
+            raise DeadlineExceeded(
+                f"{self.name}: a write took more than {deadline:.3g} s, its effect is unknown"
+            ) from error
+        except AgentFleetError as error:
+            if not isinstance(error, BackendUnavailable):
+                self._sent.pop(key, None)  # a refusal is an answer
+            raise
+        else:
+            self._sent.pop(key, None)
+
+    @contextmanager
+    def held(self) -> Iterator[anyio.CancelScope]:
+        """A block that is cancelled when the term is over; a lapse leaves it running, and refuses its writes."""
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            if self.over:
+                scope.cancel()
+            try:
+                yield scope
+            finally:
+                self._scopes.discard(scope)
+
+    async def ended(self) -> None:
+        """Wait until the term is over."""
+        await self._ended.wait()
+
+    def __repr__(self) -> str:
+        state = "over" if self.over else f"valid for {self.left:.1f} s" if self.valid else "lapsed"
+        return f"<Term {self.epoch} of {self.name}: {state}>"
+
+    def _need(self, least: float) -> float:
+        if self.over:
+            raise NotLeader(f"{self.name}: {self.identity} does not lead any more: epoch {self.epoch} is over")
+        left = self._valid_until - self._clock.now()
+        if left <= least:
+            late = f"lapsed {-left:.1f} s ago" if left <= 0 else f"lapses in {left:.2f} s"
+            raise NotLeader(
+                f"{self.name}: the lease of {self.identity} {late} unless it is renewed (epoch {self.epoch}); "
+                "try again when it is, or leave it to the next leader"
+            )
+        return left
+
+    def _prolong(self, valid_until: float) -> None:
+        self._valid_until = valid_until
+
+    def _end(self) -> None:
+        self._ended.set()
+        for scope in self._scopes:
+            scope.cancel()
+
+    def _unsettled(self) -> float:
+        return max(self._sent.values(), default=-math.inf)
+
+
+class Leadership:
+    """Stands for one lease, and leads when it holds it.
+
+    Args:
+        name: The lease's name, by custom the fleet's.
+        leases: Where it is kept.
+        identity: How others see this manager; a random end makes it this process's own. The host's name by default,
+            which in a pod is the pod's.
+        policy: The time spans.
+        clock: A monotonic clock that no one sets; the machine's own by default.
+        rng: Draws the jitter.
+        on_decision: Told each decision, before it is carried out.
+
+    Leaving the block ends the term, waits for writes whose fate is unknown (`Term.writing`), and gives the lease up.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        leases: LeaseStore,
+        *,
+        identity: str | None = None,
+        policy: LeasePolicy | None = None,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+        on_decision: Callable[[LeaseDecision], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.policy = LeasePolicy() if policy is None else policy
+        self.identity = socket.gethostname() if identity is None else identity
+        self.decision: LeaseDecision | None = None
+        self._leases = leases
+        self._clock: Clock = BootClock() if clock is None else clock
+        self._rng = random.Random() if rng is None else rng  # noqa: S311 - jitter
+        self._on_decision = on_decision
+        self._memory = LeaseMemory()
+        self._news: News | None = None
+        self._term: Term | None = None
+        self._began = anyio.Event()
+        self._tasks: TaskGroup | None = None
+        self._left = False
+
+    @property
+    def term(self) -> Term | None:
+        """The term that is held, also while it is lapsed."""
+        return self._term
+
+    @property
+    def leads(self) -> bool:
+        """Whether this manager may act now."""
+        return self._term is not None and self._term.valid
+
+    @property
+    def holder(self) -> str | None:
+        """Who was last seen to hold the lease."""
+        return None if self.decision is None else self.decision.holder
+
+    def check(self) -> Term:
+        """The term, if it may be acted upon now; raises `NotLeader` otherwise."""
+        if self._term is None:
+            who = f"{self.holder} does" if self.holder else "nobody is known to"
+            raise NotLeader(f"{self.name}: {self.identity} does not lead; {who}")
+        self._term.ensure()
+        return self._term
+
+    async def terms(self) -> AsyncIterator[Term]:
+        """Each term from now on, the present one included; the next one when the one before is over.
+
+        Ends when the leadership does.
+        """
+        while not self._left:
+            if self._term is None:
+                await self._began.wait()
+                continue
+            term = self._term
+            yield term
+            await term.ended()
+
+    async def __aenter__(self) -> Self:
+        if self._tasks is not None:
+            raise RuntimeError("a Leadership is entered once; make another")
+        self.identity = f"{self.identity}-{secrets.token_hex(5)}"  # here, so that a forked process has its own
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        self._tasks.start_soon(self._run)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        assert self._tasks is not None
+        try:
+            return await end_loops(self._tasks, kind, error, trace)
+        finally:
+            await self._leave()
+
+    # ---------------------------------------------------------------------------------------- the loop
+
+    async def _run(self) -> None:
+        while True:
+            await self._turn(leaving=False)
+
+    async def _turn(self, *, leaving: bool) -> bool:
+        """Decide and carry it out; False when nothing is left to do."""
+        observed = LeaseObserved(self.identity, self._news, self._rng.random(), leaving)
+        decision, self._memory = decide(self.policy, observed, self._memory, self._clock.now())
+        self._news = None
+        self._told(decision)
+        if decision.action is Action.DONE:
+            return False
+        if decision.action is Action.HOLD:
+            await self._clock.sleep(decision.wake - self._clock.now())
+        else:
+            self._news = None if decision.write is None else Refused()  # if it is cut off, look what has come of it
+            self._news = await self._ask(decision)
+        return True
+
+    async def _ask(self, decision: LeaseDecision) -> News:
+        timeout = float(self.policy.request)
+        sent_at = self._clock.now()
+        try:
+            with anyio.fail_after(timeout):
+                if decision.write is None:
+                    return Looked(await self._leases.get(self.name, timeout=timeout))
+                write = self._leases.update if decision.write.version else self._leases.create
+                return Wrote(await write(self.name, decision.write, timeout=timeout), sent_at)
+        except Conflict:
+            return Refused()
+        except (AgentFleetError, OSError) as error:  # TimeoutError is an OSError
+            return Failed(str(error)[:500] or f"no answer within {timeout:g} s")
+
+    def _told(self, decision: LeaseDecision) -> None:
+        self.decision = decision
+        term = self._term
+        if term is not None and term.epoch != decision.epoch:
+            self._end()
+        if decision.epoch is not None:
+            if self._term is None:
+                self._term = Term(self.name, self.identity, decision.epoch, decision.valid_until, self._clock)
+                began, self._began = self._began, anyio.Event()
+                began.set()
+            else:
+                self._term._prolong(decision.valid_until)
+        if self._on_decision is not None:
+            self._on_decision(decision)
+
+    def _end(self) -> None:
+        if self._term is not None:
+            self._term._end()
+            self._term = None
+
+    async def _leave(self) -> None:
+        """End the term, let what was sent arrive or die, and give the lease up."""
+        term = self._term
+        self._left = True
+        self._began.set()
+        self._end()
+        longest = 2 * self.policy.request + self.policy.renew_deadline  # writes die by then, and the answer is due
+        with anyio.move_on_after(longest, shield=True):
+            if term is not None:
+                await self._clock.sleep(term._unsettled() - self._clock.now())
+            while await self._turn(leaving=True):
+                pass
+
+
+class MemoryLeases:
+    """Leases in memory, with the troubles that real stores have: for tests, and for managers within one process.
+
+    Args:
+        clock: What faults are timed by.
+        latency: Seconds that a call takes.
+        trouble: Probability that a call meets a random fault.
+        rng: Draws those.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock | None = None,
+        latency: float = 0.0,
+        trouble: float = 0.0,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.latency = latency
+        self.trouble = trouble
+        self.history: dict[str, list[LeaseRecord]] = {}
+        """Every state of each lease, oldest first."""
+        self.calls = 0
+        self._clock: Clock = SystemClock() if clock is None else clock
+        self._rng = random.Random(0) if rng is None else rng  # noqa: S311 - reproducible, not secret
+        self._versions = 0
+        self._gone: set[str] = set()
+        self._hangs_until = -math.inf
+        self._late: deque[tuple[float, str, LeaseRecord, bool]] = deque()
+        """Writes that hang, and are applied when the store comes back, whether their sender still waits or not."""
+        self._next: deque[str] = deque()
+        self._stale: deque[int] = deque()
+
+    def hang(self, seconds: float) -> None:
+        """Calls get no answer for so long; writes are applied then, if their version still fits."""
+        self._hangs_until = max(self._hangs_until, self._clock.now() + seconds)
+
+    def conflict(self, times: int = 1) -> None:
+        """The next writes are refused."""
+        self._next.extend(["conflict"] * times)
+
+    def lose_answer(self, times: int = 1) -> None:
+        """The next writes are applied, and their sender learns nothing."""
+        self._next.extend(["lost"] * times)
+
+    def refuse_connection(self, times: int = 1) -> None:
+        """The next writes fail at once, without effect."""
+        self._next.extend(["unavailable"] * times)
+
+    def stale(self, times: int = 1, *, by: int = 1) -> None:
+        """The next reads show the state `by` writes ago."""
+        self._stale.extend([by] * times)
+
+    def delete(self, name: str) -> None:
+        """Somebody deletes the lease."""
+        self._gone.add(name)
+
+    async def get(self, name: str, *, timeout: float) -> LeaseRecord | None:
+        """The lease, None if there is none."""
+        back = self._stale.popleft() if self._stale else 0
+        if self._rng.random() < self.trouble:
+            back = await self._befall(timeout, ["unavailable", "stale", "hang"])
+        await self._travel(timeout)
+        states = self.history.get(name, [])
+        if name in self._gone or not states:
+            return None
+        return states[max(0, len(states) - 1 - back)]
+
+    async def create(self, name: str, record: LeaseRecord, *, timeout: float) -> LeaseRecord:
+        """Make the lease; raises `Conflict` if there is one."""
+        return await self._send(name, record, timeout, new=True)
+
+    async def update(self, name: str, record: LeaseRecord, *, timeout: float) -> LeaseRecord:
+        """Change the lease; raises `Conflict` unless the version fits."""
+        return await self._send(name, record, timeout, new=False)
+
+    async def _send(self, name: str, record: LeaseRecord, timeout: float, *, new: bool) -> LeaseRecord:
+        fault = self._next.popleft() if self._next else None
+        if self._rng.random() < self.trouble:
+            fault = self._rng.choice(["unavailable", "lost", "conflict", "late"])
+        if fault == "late" or self._clock.now() < self._hangs_until:
+            self._late.append((max(self._hangs_until, self._clock.now() + 2 * timeout), name, record, new))
+            await self._silence(timeout)
+        if fault == "unavailable":
+            raise BackendUnavailable("simulated: connection refused")
+        if fault == "conflict":
+            raise Conflict("simulated: another was first")
+        await self._travel(timeout)
+        stored = self._apply(name, record, new=new)
+        if fault == "lost":
+            await self._silence(timeout)
+        await self._clock.sleep(self.latency / 2)
+        return stored
+
+    async def _befall(self, timeout: float, kinds: list[str]) -> int:
+        match self._rng.choice(kinds):
+            case "unavailable":
+                raise BackendUnavailable("simulated: connection refused")
+            case "hang":
+                await self._silence(timeout)
+        return self._rng.randint(1, 3)
+
+    async def _travel(self, timeout: float) -> None:
+        self.calls += 1
+        await self._clock.sleep(self.latency / 2)
+        if self._clock.now() < self._hangs_until:
+            await self._silence(timeout)
+        while self._late and self._late[0][0] <= self._clock.now():
+            _, name, record, new = self._late.popleft()
+            try:
+                self._apply(name, record, new=new)
+            except Conflict:
+                continue  # as it should be: the state has moved on
+
+    async def _silence(self, timeout: float) -> None:
+        await self._clock.sleep(timeout)
+        raise DeadlineExceeded(f"simulated: no answer within {timeout:g} s")
+
+    def _apply(self, name: str, record: LeaseRecord, *, new: bool) -> LeaseRecord:
+        states = self.history.setdefault(name, [])
+        present = None if name in self._gone or not states else states[-1]
+        if new != (present is None):
+            raise Conflict(f"{name}: there is {'a' if new else 'no'} such lease")
+        if present is not None and (record.version, record.uid) != (present.version, present.uid):
+            raise Conflict(f"{name}: version {record.version} is not the present one, {present.version}")
+        self._versions += 1
+        uid = f"u{self._versions}" if present is None else present.uid
+        self._gone.discard(name)
+        states.append(
+            LeaseRecord(record.holder, record.epoch, record.duration, str(self._versions), f"v{self._versions}", uid)
+        )
+        return states[-1]

@@ -1,0 +1,124 @@
+"""What a node must know of a pod, decoded from the API server's JSON without the rest."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class _Slim(msgspec.Struct, rename="camel", gc=False, frozen=True):
+    """Fields in camel case; what is not named here is skipped."""
+
+
+class Meta(_Slim):
+    """metadata."""
+
+    name: str
+    namespace: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    deletion_timestamp: str | None = None
+    deletion_grace_period_seconds: int | None = None
+
+
+class Port(_Slim):
+    """A declared port of a container."""
+
+    container_port: int
+
+
+class Container(_Slim):
+    """spec.containers[]."""
+
+    name: str
+    image: str = ""
+    ports: tuple[Port, ...] = ()
+
+
+class Gate(_Slim):
+    """spec.readinessGates[]."""
+
+    condition_type: str
+
+
+class Condition(_Slim):
+    """status.conditions[]."""
+
+    type: str
+    status: str
+
+
+class Spec(_Slim):
+    """spec."""
+
+    node_name: str = ""
+    containers: tuple[Container, ...] = ()
+    readiness_gates: tuple[Gate, ...] = ()
+    restart_policy: str = "Always"
+
+
+class Status(_Slim):
+    """status."""
+
+    phase: str = ""
+    conditions: tuple[Condition, ...] = ()
+
+
+class Pod(_Slim):
+    """A pod."""
+
+    metadata: Meta
+    spec: Spec
+    status: Status = Status()
+
+    @property
+    def name(self) -> str:
+        """Namespace and name, as faults name it."""
+        return f"{self.metadata.namespace}/{self.metadata.name}"
+
+    @property
+    def path(self) -> str:
+        """Its path below the API server."""
+        return f"/api/v1/namespaces/{self.metadata.namespace}/pods/{self.metadata.name}"
+
+    @property
+    def gates_open(self) -> bool:
+        """Whether the conditions of all its readiness gates are True."""
+        if not self.spec.readiness_gates:
+            return True
+        true = {each.type for each in self.status.conditions if each.status == "True"}
+        return all(gate.condition_type in true for gate in self.spec.readiness_gates)
+
+
+class ListMeta(_Slim):
+    """metadata of a list."""
+
+    resource_version: str = ""
+    next: str = msgspec.field(name="continue", default="")
+
+
+class PodList(_Slim):
+    """One page of pods."""
+
+    metadata: ListMeta
+    items: tuple[Pod, ...] = ()
+
+
+class Event(_Slim):
+    """One line of a watch; the object is decoded once its type is known."""
+
+    type: str
+    object: msgspec.Raw
+
+
+class Bookmark(_Slim):
+    """The object of a bookmark or of an error."""
+
+    metadata: ListMeta = ListMeta()
+    code: int = 0
+    message: str = ""
+
+
+decode_list = msgspec.json.Decoder(PodList).decode
+decode_event = msgspec.json.Decoder(Event).decode
+decode_pod = msgspec.json.Decoder(Pod).decode
+decode_bookmark = msgspec.json.Decoder(Bookmark).decode
