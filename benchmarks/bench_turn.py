@@ -26,6 +26,7 @@ from agentfleet.recovery import Recovery
 from agentfleet.specs import AgentTemplate, FleetSpec, HealthPolicy, HttpCheck
 from agentfleet.state import first_state
 from agentfleet.stores.memory_journal import MemoryJournal
+from agentfleet.sizing import Sizing
 from agentfleet.turn import Turn
 from agentfleet.view import FleetView
 
@@ -98,7 +99,7 @@ def _fleet(size: int) -> tuple[Turn, Observer, _Clock]:
         journal.append(Event(clock.at, "bench", kind, instance, data or {}, written))
 
     desk = Desk(spec, FleetView(), CountingActuator(), record, random.Random(0))
-    turn = Turn(desk, Recovery(spec.recovery))
+    turn = Turn(desk, Recovery(spec.recovery), Sizing(desk))
     observer = Observer(desk, turn, clock, watch_health=lambda _: None, forget_health=lambda _: None)
     desk.state = first_state(spec.template, size, NOW)
     healthy = Verdict(HealthState.HEALTHY, NOW, (), None)

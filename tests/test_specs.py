@@ -255,6 +255,14 @@ def test_a_yaml_key_may_stand_once(text: str, line: str) -> None:
         FleetSpec.from_yaml(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\x85b", " \n a", "\r", "\u2028", "\ufeff", "\t#", "'\"\\", "null", "1_0", "<<"]
+)
+def test_odd_texts_survive_yaml(text: str) -> None:
+    made = AgentTemplate(command=("x", text), env={"A": text})
+    assert AgentTemplate.from_yaml(made.to_yaml()) == made
+
+
 def test_yaml_may_share_and_overrule_parts() -> None:
     text = """
         name: a

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import anyio
 from anyio.abc import TaskGroup
 
-from agentfleet.backends.base import Backend, Creation
+from agentfleet.backends.base import Backend, Creation, Engine, Workload, WorkloadBackend
 from agentfleet.clock import Clock
 from agentfleet.errors import BackendError, DeadlineExceeded
 from agentfleet.retries import transient
@@ -37,7 +38,7 @@ class Actuator:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Engine,
         fleet: str,
         *,
         clock: Clock,
@@ -65,8 +66,19 @@ class Actuator:
         self._limiter = anyio.CapacityLimiter(self._concurrency)
 
     def create(self, creation: Creation) -> None:
-        """Begin to bring an instance into being."""
-        self._begin("create", creation.id, lambda: self._backend.create(creation))
+        """Begin to bring an instance into being; only where instances are made one by one."""
+        backend = cast("Backend", self._backend)
+        self._begin("create", creation.id, lambda: backend.create(creation))
+
+    def apply(self, workload: Workload) -> None:
+        """Begin to have the whole fleet be so; of several that wait the last counts."""
+        backend = cast("WorkloadBackend", self._backend)
+        self._begin("apply", workload.fleet, lambda: backend.apply(workload))
+
+    def delete(self, fleet: str) -> None:
+        """Begin to remove whatever is left of the fleet."""
+        backend = cast("WorkloadBackend", self._backend)
+        self._begin("delete", fleet, lambda: backend.delete(fleet))
 
     def stop(self, id: str, *, grace: float) -> None:
         """Begin to drain and end an instance."""

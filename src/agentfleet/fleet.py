@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from agentfleet import outcome
 from agentfleet.autoscaler import MetricSource
-from agentfleet.backends.base import Backend
+from agentfleet.backends.base import Backend, WorkloadBackend
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.configstore import ConfigStore
 from agentfleet.core.governor import Cause
@@ -71,7 +71,7 @@ class Fleet(FleetReader):
         self,
         spec: FleetSpec,
         *,
-        backend: Backend,
+        backend: Backend | WorkloadBackend,
         journal: Journal | None = None,
         clock: Clock | None = None,
         metrics: Mapping[str, MetricSource] | None = None,

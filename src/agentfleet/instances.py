@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+NO_SLOT = -1
+"""`Instance.slot` as engines show it that fill a fleet by themselves and know no places; the fleet finds one."""
+
 
 class Phase(StrEnum):
     """Where an instance is in its life, as its backend sees it."""

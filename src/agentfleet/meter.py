@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import anyio
 
 from agentfleet.autoscaler import MetricSource
-from agentfleet.backends.base import Backend
+from agentfleet.backends.base import Engine
 from agentfleet.clock import Clock
 from agentfleet.core.scaling_samples import Reading, Total
 from agentfleet.desk import Desk
@@ -37,7 +37,7 @@ class Meter:
     def __init__(
         self,
         desk: Desk,
-        backend: Backend,
+        backend: Engine,
         *,
         clock: Clock,
         telemetry: Telemetry,

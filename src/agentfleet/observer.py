@@ -7,13 +7,14 @@ later becomes an event.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from agentfleet.backends.base import Changed, Observation, Removed, Snapshot
+from agentfleet.backends.base import Changed, Observation, Ordered, Removed, Snapshot
 from agentfleet.clock import Clock
 from agentfleet.core.health import Verdict
 from agentfleet.desk import Desk
-from agentfleet.instances import AgentStatus, HealthState, Instance, Phase
+from agentfleet.instances import NO_SLOT, AgentStatus, HealthState, Instance, Phase
 from agentfleet.turn import Turn
 from agentfleet.view import Condition, Member
 
@@ -63,6 +64,8 @@ class Observer:
             self._put(seen.instance)
         elif isinstance(seen, Removed):
             self._remove(seen.id)
+        elif isinstance(seen, Ordered):
+            self._turn.sizing.ordered(seen)
         else:
             self._replace_all(seen)
 
@@ -91,6 +94,9 @@ class Observer:
 
     def _put(self, instance: Instance) -> None:
         known = self._view.members.get(instance.id)
+        if instance.slot == NO_SLOT:
+            slot = self._turn.sizing.place() if known is None else known.instance.slot
+            instance = replace(instance, slot=slot)
         before = None if known is None else known.condition
         was = None if known is None else known.instance
         if was == instance and known is not None and known.seen:

@@ -15,7 +15,8 @@ async def ready(runtime: Runtime, seconds: float | None) -> None:
 
     def enough() -> bool:
         state, counts = runtime.desk.state, runtime.desk.view.total_counts()
-        return state is not None and counts.good == counts.total == state.desired
+        settled = state is not None and not runtime.turn.sizing.pending
+        return settled and counts.good == counts.total == runtime.desk.wanted.desired
 
     await runtime.until(enough, seconds, "all instances are healthy")
 
@@ -30,7 +31,8 @@ async def emptied(runtime: Runtime, seconds: float | None) -> None:
 
     def over() -> bool:
         state = runtime.desk.state
-        return not view or (state is not None and state.desired > 0)
+        gone = not view and runtime.turn.sizing.settled
+        return gone or (state is not None and state.desired > 0)
 
     await runtime.until(over, seconds, "all instances are gone")
     if view:

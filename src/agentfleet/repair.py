@@ -56,6 +56,10 @@ class Repair:
         if self._recovery.take_back(slot):
             self._remember(slot)
 
+    def knows(self, slot: int) -> bool:
+        """Whether a slot has a history."""
+        return self._recovery.memory(slot) != RecoveryMemory()
+
     def touch(self, slot: int) -> None:
         """Look at a slot again in the next turn."""
         self._recovery.touch(slot)
@@ -132,7 +136,7 @@ class Repair:
         self._remember(wish.slot)
         grace = min(desk.spec.recovery.grace, desk.drain_of(instance))
         remedies: dict[Remedy, Callable[[], None]] = {
-            Remedy.RESTART: lambda: desk.restart(member, grace),
+            Remedy.RESTART: lambda: self._sizing.restart(member, grace),
             Remedy.REPLACE: lambda: self._replace(member, grace),
             Remedy.ELSEWHERE: lambda: self._elsewhere(member, grace),
             Remedy.ROLL_BACK: lambda: self._roll_back(wish.reasons, now),

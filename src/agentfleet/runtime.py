@@ -22,7 +22,7 @@ import anyio
 
 from agentfleet.actuator import Actuator
 from agentfleet.autoscaler import Autoscaler, MetricSource, ScaleTarget
-from agentfleet.backends.base import Backend
+from agentfleet.backends.base import Engine, WorkloadBackend
 from agentfleet.clock import Clock
 from agentfleet.configstore import ConfigStore
 from agentfleet.core.health import Verdict
@@ -43,6 +43,7 @@ from agentfleet.postmortem import Postmortem
 from agentfleet.recovery import Recovery
 from agentfleet.signals.http import HttpClient, Requests
 from agentfleet.signals.probes import Prober
+from agentfleet.sizing import Sizing
 from agentfleet.specs import FleetSpec
 from agentfleet.state import FleetState
 from agentfleet.stores.journal import Journal
@@ -50,6 +51,7 @@ from agentfleet.telemetry import Telemetry
 from agentfleet.turn import Turn
 from agentfleet.view import SERVING, FleetView
 from agentfleet.waiting import Waiting
+from agentfleet.workload import WorkloadSizing
 
 SYNC_DEADLINE = 60.0
 """Seconds for the backend's first whole picture."""
@@ -62,7 +64,7 @@ class Runtime:
         self,
         spec: FleetSpec,
         *,
-        backend: Backend,
+        backend: Engine,
         journal: Journal,
         clock: Clock,
         config: ConfigStore,
@@ -92,7 +94,8 @@ class Runtime:
         actuator = Actuator(backend, self.name, clock=clock, rng=rng, on_done=self._action_done)
         self.desk = Desk(spec, view, actuator, self.record, rng)
         self.recovery = Recovery(spec.recovery)
-        self.turn = Turn(self.desk, self.recovery)
+        sizing = WorkloadSizing(self.desk) if isinstance(backend, WorkloadBackend) else Sizing(self.desk)
+        self.turn = Turn(self.desk, self.recovery, sizing)
         self.endpoints = Endpoints(view, credential=self._credential, admits=self._is_configured)
         self.monitor = HealthMonitor(
             spec.health,
@@ -348,13 +351,13 @@ class Runtime:
         return self.backend.credential(self.name, id)
 
 
-def _own_network(backend: Backend) -> Requests | None:
+def _own_network(backend: Engine) -> Requests | None:
     """Likewise for requests to its agents."""
     make = getattr(backend, "network", None)
     return make() if make is not None else None
 
 
-def _own_prober(backend: Backend) -> Prober | None:
+def _own_prober(backend: Engine) -> Prober | None:
     """The prober of a backend whose instances have no sockets (a simulation)."""
     make = getattr(backend, "prober", None)
     return make() if make is not None else None

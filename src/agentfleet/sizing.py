@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from agentfleet.backends.base import Creation
+from agentfleet.backends.base import Creation, Ordered
 from agentfleet.core import rollout
 from agentfleet.core.governor import Cause, Disruption
 from agentfleet.core.reason import Reason
@@ -37,8 +37,8 @@ class Sizing:
         self._desk = desk
         self._intents: list[Intent] = []
         self._size_cause = Cause.SCALING if desk.spec.scaling else Cause.OPERATOR
-        self._failures = {"create": 0, "stop": 0}
-        self._retry_at = {"create": 0.0, "stop": 0.0}
+        self._failures = {"create": 0, "stop": 0, "apply": 0}
+        self._retry_at = {"create": 0.0, "stop": 0.0, "apply": 0.0}
         self._avoid: dict[int, str] = {}
         self._vacated: dict[int, None] = {}
 
@@ -64,6 +64,33 @@ class Sizing:
         """The backend accepted a creation or a stop."""
         if action in self._failures:
             self._failures[action] = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether a wanted size waits for the next turn."""
+        return bool(self._intents)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the engine itself has nothing left to do for a fleet without instances."""
+        return True
+
+    def ordered(self, seen: Ordered) -> None:
+        """What the engine has been told to keep, if it keeps fleets by itself."""
+
+    def place(self) -> int:
+        """The slot for an instance whose engine knows no slots: the place of one that is gone, or else the lowest."""
+        desk = self._desk
+        gone = dict.fromkeys((*desk.disruptions.unfilled(self.is_empty), *self._vacated))
+        slot = next((slot for slot in gone if self.is_empty(slot)), None)
+        if slot is None:
+            (slot,) = desk.view.next_slots(1)
+        self._vacated.pop(slot, None)
+        return slot
+
+    def not_applied(self, now: float) -> None:
+        """The engine did not accept what the fleet should be."""
+        self._wait("apply", now)
 
     def not_removed(self, now: float) -> None:
         """The backend did not accept a stop."""
@@ -142,6 +169,17 @@ class Sizing:
         self._desk.state = self._desk.wanted.with_bad_target().with_target(to, now)
         self._desk.record("rollout.rolled_back", data={"from": before, "to": to}, reasons=tuple(reasons))
 
+    def restart(self, member: Member, grace: float) -> None:
+        """Carry out an admitted restart."""
+        self._desk.restart(member, grace)
+
+    def remove(self, member: Member, grace: float) -> None:
+        """Carry out an admitted removal."""
+        self._desk.end(member, grace)
+
+    def finish(self, now: float) -> None:
+        """End the turn: hand out what was gathered."""
+
     def proposals(self, step: RolloutDecision, now: float) -> Iterator[Proposal]:
         """The removals that a step asks for."""
         if now < self._retry_at["stop"]:
@@ -150,12 +188,12 @@ class Sizing:
         if step.remove_new:
             stopped = state.deleted or not state.running  # an operator's word, whoever sized the fleet before
             cause = Cause.OPERATOR if stopped else self._size_cause
-            yield from _removals(view.expendable([state.target]), step.remove_new, cause)
+            yield from removals(view.expendable([state.target]), step.remove_new, cause)
         if step.remove_old_unfit:
-            yield from _removals(view.expendable(self._old(), only=UNFIT), step.remove_old_unfit, Cause.ROLLOUT)
+            yield from removals(view.expendable(self._old(), only=UNFIT), step.remove_old_unfit, Cause.ROLLOUT)
         if step.remove_old_good:  # while a rollout is held, any old one may go
             only = EXPENDABLE if state.paused or not state.rolling else GOOD
-            yield from _removals(view.expendable(self._old(), only=only), step.remove_old_good, Cause.ROLLOUT)
+            yield from removals(view.expendable(self._old(), only=only), step.remove_old_good, Cause.ROLLOUT)
 
     def _old(self) -> list[int]:
         target = self._desk.wanted.target
@@ -206,7 +244,8 @@ class Sizing:
         desk.actuator.create(Creation(id, name, slot, number, template, (away,) if away else ()))
 
 
-def _removals(candidates: Iterable[Member], count: int, cause: Cause) -> Iterator[Proposal]:
+def removals(candidates: Iterable[Member], count: int, cause: Cause) -> Iterator[Proposal]:
+    """Proposals to remove the first `count` of the candidates for good."""
     for member in islice(candidates, count):
         serving = member.condition in SERVING
         yield Proposal(Disruption(member.instance.slot, cause, serving, surplus=True), member)

@@ -30,11 +30,12 @@ class Turn:
     Args:
         desk: The fleet's working place.
         recovery: The book of ailing slots.
+        sizing: Keeps size and revision, in the way of the engine.
     """
 
-    def __init__(self, desk: Desk, recovery: Recovery) -> None:
+    def __init__(self, desk: Desk, recovery: Recovery, sizing: Sizing) -> None:
         self._desk = desk
-        self.sizing = Sizing(desk)
+        self.sizing = sizing
         self.repair = Repair(desk, recovery, self.sizing)
         self.frozen = False
         self._held: dict[object, str] = {}
@@ -53,6 +54,8 @@ class Turn:
         self.repair.touch(slot)
         if self.sizing.is_empty(slot):
             self._desk.disruptions.emptied(slot)
+            if self.repair.knows(slot):
+                self.sizing.vacate(slot)  # its history goes on with whoever comes next
 
     def succeeded(self, action: str, id: str) -> None:
         """Say that an action was accepted."""
@@ -61,6 +64,9 @@ class Turn:
 
     def failed(self, action: str, id: str, error: Exception, now: float) -> None:
         """Say that an action failed for good."""
+        if action in ("apply", "delete"):
+            self.sizing.not_applied(now)
+            return
         self._touch(id, undisturbed=isinstance(error, (BackendRefused, Conflict)))
         if action == "create":
             self.sizing.not_created(id, error, now)
@@ -100,6 +106,7 @@ class Turn:
         verdict = self._govern(proposals, now)
         for disruption in verdict.admitted:
             self._carry_out(proposals[disruption.slot], verdict, now)
+        self.sizing.finish(now)
         self.save()
         dates = (ripe, wake, verdict.wake, self.repair.next_due())
         return min((date for date in dates if date is not None), default=None)
@@ -182,7 +189,7 @@ class Turn:
             return
         desk.record("instance.removing", instance.id, {"slot": disruption.slot, "cause": disruption.cause.value})
         self.repair.forget(disruption.slot)
-        desk.end(proposal.member, desk.drain_of(instance))
+        self.sizing.remove(proposal.member, desk.drain_of(instance))
 
     def _note_admitted(self, proposal: Proposal, verdict: GovernorDecision) -> None:
         disruption = proposal.disruption

@@ -27,6 +27,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes every text so that it is read back as it was."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # in any other style PyYAML writes NEL as it is, and reads it back as a plain end of line
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 def read(text: str) -> Any:
     """The plain data in a YAML text.
 
@@ -42,4 +53,5 @@ def read(text: str) -> Any:
 
 def write(data: Any) -> str:
     """Plain data as YAML text that `read` reads back."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text

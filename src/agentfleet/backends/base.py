@@ -18,6 +18,14 @@ A backend observes and acts; it decides nothing. One conformance suite (`tests/c
 6. **An exit** that nobody asked for is reported as `EXITED` with its code, and is left for the caller to deal with.
 7. **Leaving** `async with backend` leaves no task, socket or file descriptor behind; whether instances outlive it is
    the backend's documented choice.
+
+There are two kinds. A `Backend` makes each instance that it is told to. A `WorkloadBackend` is told what a whole fleet
+should be, as a Kubernetes Deployment is, and keeps size and revision by itself; for it these clauses read otherwise:
+
+1. Ids are its own; an instance comes with `slot=NO_SLOT`. `apply` may be repeated: it says what should be, not what to do.
+2. `watch` also yields `Ordered`, at first and whenever it changes: what the engine has been told, and by whom.
+5. `restart` may end the instance and let another take its place.
+6. The engine fills the places of instances that are gone, and may restart by itself what has exited.
 """
 
 from __future__ import annotations
@@ -25,7 +33,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from agentfleet.instances import Instance, Node, Usage
 from agentfleet.specs import AgentTemplate
@@ -53,7 +61,19 @@ class Removed:
     id: str
 
 
-Observation = Snapshot | Changed | Removed
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """What an engine that keeps a fleet by itself has been told to keep."""
+
+    replicas: int
+    revision: int | None = None
+    """The fleet's revision; None when what is run is not of the fleet's making."""
+    paused: bool = False
+    by: str | None = None
+    """Who said so, when it was somebody else."""
+
+
+Observation = Snapshot | Changed | Removed | Ordered
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +89,22 @@ class Creation:
     """Nodes to stay away from if there is another choice."""
 
 
-class Backend(Protocol):
-    """Where instances live. See the module's contract."""
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a whole fleet should be, for an engine that makes it so by itself."""
+
+    fleet: str
+    revision: int
+    template: AgentTemplate
+    replicas: int
+    paused: bool = False
+    """Whether its rollout is to stay where it is."""
+    expendable: tuple[str, ...] = ()
+    """Instances that are to go first when there are too many."""
+
+
+class Engine(Protocol):
+    """What both kinds of backends can do. See the module's contract."""
 
     async def __aenter__(self) -> Self: ...
 
@@ -80,10 +114,6 @@ class Backend(Protocol):
 
     def watch(self, fleet: str) -> AsyncIterator[Observation]:
         """Observe one fleet: a snapshot, then what changes. Close the iterator (`aclose`) to stop watching."""
-        ...
-
-    async def create(self, creation: Creation) -> None:
-        """Bring one instance into being; does nothing if its id exists."""
         ...
 
     async def stop(self, fleet: str, id: str, *, grace: float) -> None:
@@ -104,4 +134,25 @@ class Backend(Protocol):
 
     def credential(self, fleet: str, id: str) -> str | None:
         """The bearer token that the instance accepts for work and configuration; None where it asks for none."""
+        ...
+
+
+class Backend(Engine, Protocol):
+    """Where instances live that are made one by one."""
+
+    async def create(self, creation: Creation) -> None:
+        """Bring one instance into being; does nothing if its id exists."""
+        ...
+
+
+@runtime_checkable
+class WorkloadBackend(Engine, Protocol):
+    """Where a fleet lives that an engine keeps by itself."""
+
+    async def apply(self, workload: Workload) -> None:
+        """Have the fleet be so: size, revision, paused or not. Returns when the engine has accepted it."""
+        ...
+
+    async def delete(self, fleet: str) -> None:
+        """Have nothing left of the fleet; already gone is success."""
         ...

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from agentfleet.backends.kubernetes.connection import JSON, MERGE_PATCH
-from agentfleet.backends.kubernetes.errors import AlreadyExists
+from agentfleet.backends.kubernetes.errors import AlreadyExists, Invalid
 from agentfleet.core.leadership import LeaseRecord
 from agentfleet.errors import BackendUnavailable, Conflict, InstanceGone
 
@@ -101,6 +101,12 @@ class KubernetesLeases:
             )
         except InstanceGone as error:
             raise Conflict(f"the lease {self._prefix}{name} was deleted") from error
+        except Invalid as error:
+            if "metadata.uid" not in error.fields:
+                raise
+            raise Conflict(
+                f"the lease {self._prefix}{name} was deleted and made again"
+            ) from error  # so the server says it
         return _record(answer)
 
     def _path(self, name: str) -> str:

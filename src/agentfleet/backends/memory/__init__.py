@@ -6,7 +6,8 @@ watcher is told of it, `faults` what can go wrong, `prober` how instances answer
 
 from agentfleet.backends.memory.agent import Behavior, Load
 from agentfleet.backends.memory.backend import MemoryBackend
+from agentfleet.backends.memory.deployments import MemoryDeployments
 from agentfleet.backends.memory.faults import Faults
 from agentfleet.backends.memory.prober import MemoryProber
 
-__all__ = ["Behavior", "Faults", "Load", "MemoryBackend", "MemoryProber"]
+__all__ = ["Behavior", "Faults", "Load", "MemoryBackend", "MemoryDeployments", "MemoryProber"]

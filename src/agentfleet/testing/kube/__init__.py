@@ -13,18 +13,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agentfleet.testing.kube.access import Access
     from agentfleet.testing.kube.assets import find_assets
+    from agentfleet.testing.kube.behaviour import Behaviour
     from agentfleet.testing.kube.client import Client
     from agentfleet.testing.kube.errors import ApiRefused, AssetsMissing, PlaneFailed
+    from agentfleet.testing.kube.faults import NodeFaults, PodSeen
+    from agentfleet.testing.kube.kubelet import FakeKubelet
+    from agentfleet.testing.kube.kubeletoptions import KubeletOptions
+    from agentfleet.testing.kube.kubeletprocess import KubeletProcess
+    from agentfleet.testing.kube.lifecycle import Timing
     from agentfleet.testing.kube.plane import ControlPlane, PlaneOptions
+    from agentfleet.testing.kube.proxy import FaultProxy
 
 _HOME_OF = {
     "Access": "access",
     "ApiRefused": "errors",
     "AssetsMissing": "errors",
+    "Behaviour": "behaviour",
     "Client": "client",
     "ControlPlane": "plane",
+    "FakeKubelet": "kubelet",
+    "FaultProxy": "proxy",
+    "KubeletOptions": "kubeletoptions",
+    "KubeletProcess": "kubeletprocess",
+    "NodeFaults": "faults",
     "PlaneFailed": "errors",
     "PlaneOptions": "plane",
+    "PodSeen": "faults",
+    "Timing": "lifecycle",
     "find_assets": "assets",
 }
 
@@ -32,10 +47,18 @@ __all__ = [
     "Access",
     "ApiRefused",
     "AssetsMissing",
+    "Behaviour",
     "Client",
     "ControlPlane",
+    "FakeKubelet",
+    "FaultProxy",
+    "KubeletOptions",
+    "KubeletProcess",
+    "NodeFaults",
     "PlaneFailed",
     "PlaneOptions",
+    "PodSeen",
+    "Timing",
     "find_assets",
 ]
 

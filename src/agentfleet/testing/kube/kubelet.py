@@ -7,11 +7,13 @@ both JSON. It ends when its input does.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,6 +34,7 @@ from agentfleet.testing.kube.orders import carry_out
 from agentfleet.testing.kube.podrun import PodRun, Stage, now
 from agentfleet.testing.kube.podview import Pod
 from agentfleet.testing.kube.podwatch import PodWatch
+from agentfleet.testing.kube.serve import serve
 
 __all__ = ["FakeKubelet", "KubeletOptions"]
 
@@ -211,12 +214,9 @@ class FakeKubelet(NodeFaults):
         if self.options.events and self._tasks is not None:
             self._tasks.start_soon(self._write_event, run, reason, message)
 
-    def killed_busy(self, run: PodRun | None = None) -> Any:
-        """Note a pod that was ended with work in flight; without a pod, the command that asks for those notes."""
-        if run is None:
-            return super().killed_busy()
+    def lost_work(self, run: PodRun) -> None:
+        """Note a pod that was ended with work in flight."""
         self._killed_busy.append(run.name)
-        return None
 
     def spawn(self, work: Callable[[PodRun], Awaitable[None]], run: PodRun) -> None:
         """Run a coroutine for a pod beside."""
@@ -289,3 +289,24 @@ class FakeKubelet(NodeFaults):
         if command == "cost":
             return {**self._counts, "lists": self._watch.lists, "cpu_seconds": time.process_time()}
         return await carry_out(self, command, json.loads(json.dumps(arguments)))
+
+
+def main() -> None:
+    """Run fake kubelets until standard input ends, and obey what comes there."""
+    parser = argparse.ArgumentParser(prog="python -m agentfleet.testing.kube.kubelet", description=main.__doc__)
+    parser.add_argument("--kubeconfig", type=Path, required=True, help="whom to connect to, and as whom")
+    parser.add_argument("--context", help="the context in it; its current one unless given")
+    parser.add_argument("--nodes", type=int, help="how many nodes")
+    parser.add_argument("--options", default="{}", help="further fields of KubeletOptions, as JSON")
+    told = parser.parse_args()
+    fields = json.loads(told.options) | ({} if told.nodes is None else {"nodes": told.nodes})
+    asyncio.run(_serve(Access.read(told.kubeconfig, told.context), KubeletOptions.from_fields(fields)))
+
+
+async def _serve(access: Access, options: KubeletOptions) -> None:
+    async with FakeKubelet(access, options) as kubelet:
+        await serve(kubelet._do)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,7 @@ class Listener(Protocol):
     def warned(self, run: PodRun, reason: str, message: str) -> None:
         """A kubelet would write a Warning event about this."""
 
-    def killed_busy(self, run: PodRun) -> None:
+    def lost_work(self, run: PodRun) -> None:
         """It was ended while work was in flight."""
 
     def spawn(self, work: Callable[[PodRun], Awaitable[None]], run: PodRun) -> None:
@@ -169,10 +169,9 @@ class Lifecycle:
 
     def _finish_if_idle(self, run: PodRun) -> None:
         if run.stopping and run.stage is Stage.RUNNING and run.vitals.in_flight == 0:
-            self._later(run, run.behaviour.stop, self.kill_if_idle)
+            self._later(run, run.behaviour.stop, self._kill_if_idle)
 
-    def kill_if_idle(self, run: PodRun) -> None:
-        """It had nothing more to do."""
+    def _kill_if_idle(self, run: PodRun) -> None:
         if run.vitals.in_flight == 0:
             self.kill(run)
 
@@ -181,15 +180,18 @@ class Lifecycle:
         if run.stage is Stage.STOPPED:
             return
         if run.stage is Stage.RUNNING and run.vitals.in_flight:
-            self._listener.killed_busy(run)
+            self._listener.lost_work(run)
         run.stopping = True
         self._silence(run)
         run.stage = Stage.STOPPED
         self._listener.changed(run)
 
-    def idle(self, run: PodRun) -> None:
-        """Its work may have ended: a draining pod ends then."""
-        self._finish_if_idle(run)
+    def pardon(self, run: PodRun) -> None:
+        """It crashes no more. One that runs goes on; one in back-off is restarted when that is over, as always."""
+        if run.stage is Stage.RUNNING:
+            self._cancel(run)
+            if not run.app_ready and run.behaviour.ready is not None:
+                self._later(run, run.behaviour.ready, self._become_ready)
 
     def _silence(self, run: PodRun) -> None:
         self._cancel(run)

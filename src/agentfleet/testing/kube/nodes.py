@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -104,7 +104,9 @@ class Nodes:
         """Create a node and its lease, or take them over."""
         status, said = await self._api.send("POST", "/api/v1/nodes", node.object())
         if status not in {201, 409}:
-            raise BackendRefused(f"the API server refuses node {node.name} with {status}: {said[:500]!r}; who may create nodes?")
+            raise BackendRefused(
+                f"the API server refuses node {node.name} with {status}: {said[:500]!r}; connect as one who may create it"
+            )
         await self._report(node)
         await self._renew(node)
 
@@ -114,7 +116,7 @@ class Nodes:
             tasks.start_soon(self._each, self._lease_period, self._renew)
             tasks.start_soon(self._each, self._status_period, self._report)
 
-    async def _each(self, period: float, act: Any) -> None:
+    async def _each(self, period: float, act: Callable[[Node], Awaitable[None]]) -> None:
         nodes = list(self.by_name.values())
         async with anyio.create_task_group() as tasks:
             begun = anyio.current_time()

@@ -189,8 +189,8 @@ class _Conversation(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         data = json.dumps(body).encode()
-        head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        self._transport.write(head.encode() + data)
+        kind = f"Content-Type: application/json\r\nContent-Length: {len(data)}"
+        self._transport.write(f"HTTP/1.1 {status} {_REASONS[status]}\r\n{kind}\r\n\r\n".encode() + data)
 
 
 def _content_length(head: str) -> int | None:

@@ -53,10 +53,14 @@ class Program:
         if self.running:
             return
         self.trim()
-        bound = [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), *self.command]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - the caller's own program
-                bound, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._env, start_new_session=True
+                bound(self.command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._env,
+                start_new_session=True,
             )
 
     def signal(self, number: signal.Signals) -> None:
@@ -92,6 +96,11 @@ class Program:
         with self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - _TOLD))
             return log.read().decode(errors="replace").strip()
+
+
+def bound(command: list[str]) -> list[str]:
+    """A command line whose process the kernel kills when the thread that starts it ends."""
+    return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), *command]
 
 
 def free_ports(count: int) -> list[int]:

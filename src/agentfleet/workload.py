@@ -1,0 +1,184 @@
+"""Sizing for engines that keep a whole fleet by themselves, as a Kubernetes Deployment does.
+
+Such an engine is told size and revision and does the rest in its own way: it makes instances, rolls them to the target
+and fills the places of those that are gone. What is left to do here: judge how the rollout goes, choose who leaves when
+the fleet gets smaller (idle before busy, and only as the governor admits), and respect what others tell the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from agentfleet.backends.base import Ordered, Workload
+from agentfleet.core.governor import Cause
+from agentfleet.core.reason import Reason
+from agentfleet.core.rollout import RolloutDecision, RolloutPhase
+from agentfleet.desk import Desk, Proposal
+from agentfleet.sizing import Intent, Sizing, removals
+from agentfleet.state import FleetState
+from agentfleet.view import Member
+
+
+class WorkloadSizing(Sizing):
+    """Sizes one fleet and rolls it to its target revision by telling its engine what should be."""
+
+    def __init__(self, desk: Desk) -> None:
+        super().__init__(desk)
+        self._known: Ordered | None = None
+        """What the engine says that it has been told."""
+        self._sent: Workload | None = None
+        """What we have told it last; None: nothing since the start, or it was not accepted."""
+        self._accepted = False
+        self._leaving: dict[str, None] = {}
+        self._yielded: int | None = None
+        """The target when somebody else put a strange template in its place, which stays until another is wanted."""
+        self._deletion = "none"
+
+    @property
+    def settled(self) -> bool:
+        """Whether the engine has forgotten a fleet that was deleted."""
+        return not self._desk.wanted.deleted or self._deletion == "done"
+
+    # ------------------------------------------------------------------------------------------ what comes in
+
+    def ordered(self, seen: Ordered) -> None:
+        """Take in what the engine has been told; what others told it is adopted and explained, not fought over."""
+        self._known = seen
+        state = self._desk.state
+        if seen.by is None or state is None or state.deleted:
+            return
+        if seen.replicas != self._size():
+            self._adopt_size(state, seen)
+        if seen.paused != self._desk.wanted.paused:
+            self._note_foreign(seen, "paused" if seen.paused else "resumed")
+            self._desk.state = replace(self._desk.wanted, paused=seen.paused)
+        if state.target not in {seen.revision, self._yielded}:
+            self._adopt_revision(seen)
+
+    def _adopt_size(self, state: FleetState, seen: Ordered) -> None:
+        reason = self._note_foreign(seen, "scaled", before=self._size(), now=seen.replicas)
+        if self._sent is not None:
+            self._sent = replace(self._sent, replicas=seen.replicas)
+        if not state.running and seen.replicas:  # a stopped fleet that somebody gives a size has been started
+            self._desk.state = replace(state, running=True)
+        self.offer(Intent(Cause.OPERATOR, seen.replicas, (reason,)))
+
+    def _adopt_revision(self, seen: Ordered) -> None:
+        state = self._desk.wanted
+        now = state.revision(seen.revision) if seen.revision is not None else None
+        if now is None:
+            self._note_foreign(seen, "template")
+            self._yielded = state.target
+        else:
+            self._note_foreign(seen, "revision", before=state.target, now=now.number)
+            if self._sent is not None:
+                self._sent = replace(self._sent, revision=now.number, template=now.template)
+            self._follow = now.number
+
+    def _note_foreign(self, seen: Ordered, what: str, **numbers: float) -> Reason:
+        reason = Reason(f"foreign.{what}", f"{seen.by} has changed what the engine keeps: {what}", numbers)
+        self._desk.record("fleet.foreign_change", data={"by": seen.by, "what": what, **numbers}, reasons=(reason,))
+        return reason
+
+    _follow: int | None = None
+
+    def step(self, now: float) -> tuple[RolloutDecision, float | None]:
+        """As `Sizing.step`; a revision that somebody else returned to becomes the target first."""
+        if self._follow is not None:
+            self._desk.state = self._desk.wanted.with_target(self._follow, now)
+            self._follow = None
+        return super().step(now)
+
+    def accepted(self, action: str) -> None:
+        """The engine took what it was told."""
+        super().accepted(action)
+        if action == "apply":
+            self._accepted = True
+        elif action == "delete":
+            self._deletion, self._sent, self._known = "done", None, Ordered(0)
+
+    def not_applied(self, now: float) -> None:
+        """It did not; it is told again later."""
+        super().not_applied(now)
+        self._sent = None
+        self._deletion = "none"
+
+    # ------------------------------------------------------------------------------------------ size and revision
+
+    def _size(self) -> int:
+        """What the engine keeps as far as we know."""
+        if self._sent is not None:
+            return self._sent.replicas
+        return self._known.replicas if self._known is not None else 0
+
+    def _create(self, step: RolloutDecision, now: float) -> None:
+        """The engine creates."""
+
+    def proposals(self, step: RolloutDecision, now: float) -> Iterator[Proposal]:  # noqa: ARG002 - not its plan
+        """Those who should go first when the fleet is to be smaller; the engine retires old revisions by itself."""
+        state = self._desk.wanted
+        excess = self._size() - state.desired
+        if excess <= 0 or now < self._retry_at["apply"]:
+            return
+        stopped = state.deleted or not state.running
+        cause = Cause.OPERATOR if stopped else self._size_cause
+        view = self._desk.view
+        yield from removals(view.expendable((*self._old(), state.target)), excess, cause)
+
+    def restart(self, member: Member, grace: float) -> None:
+        """The engine restarts nothing in place: what is ended is replaced."""
+        self.vacate(member.instance.slot)
+        self._desk.end(member, grace)
+
+    def remove(self, member: Member, grace: float) -> None:  # noqa: ARG002 - the template says how long it may take
+        """An admitted removal: it takes no more work, and goes with the next order."""
+        self._desk.disruptions.emptied(member.instance.slot)
+        self._desk.view.drain(member.instance.id)
+        self._leaving[member.instance.id] = None
+
+    def finish(self, now: float) -> None:
+        """Tell the engine what should be, when that has changed."""
+        state = self._desk.state
+        if state is None or self._known is None or now < self._retry_at["apply"]:
+            return
+        if state.deleted:
+            self._delete()
+            return
+        self._deletion = "none"
+        if self._yielded == state.target:
+            return
+        self._yielded = None
+        self._let_others_stay()
+        order = self._order(state)
+        if self._sent is None or order != replace(self._sent, expendable=order.expendable):
+            self._sent, self._accepted = order, False
+            self._desk.actuator.apply(order)
+
+    def _order(self, state: FleetState) -> Workload:
+        """What the engine should keep: all that are wanted, and those who may not go yet."""
+        stay = self._desk.view.total_counts().total
+        failed = state.rollout.phase is RolloutPhase.FAILED
+        return Workload(
+            self._desk.spec.name,
+            state.target,
+            state.template,
+            max(state.desired, min(self._size(), stay)),
+            paused=state.paused or (failed and bool(self._old())),  # a failed revision gets no more instances
+            expendable=tuple(self._leaving),
+        )
+
+    def _let_others_stay(self) -> None:
+        """Forget those who have left; if the engine let others go instead, those who were to leave are in service."""
+        view = self._desk.view
+        self._leaving = {id: None for id in self._leaving if id in view.members}
+        if self._sent is None or not self._accepted or len(view) > self._sent.replicas:
+            return
+        for id in self._sent.expendable:
+            if self._leaving.pop(id, self) is None:
+                view.keep(id)
+
+    def _delete(self) -> None:
+        if self._deletion == "none":
+            self._deletion = "asked"
+            self._desk.actuator.delete(self._desk.spec.name)
