@@ -35,7 +35,7 @@ WRITERS = 32
 def make_pod(number: int) -> dict[str, Any]:
     """A pod as a fleet's Deployment makes it: about 5.7 KB as the server tells it."""
     env = [
-        {"name": f"AGENT_SETTING_{each}", "value": f"https://models.example.com/v1/{each:x}"} for each in range(12)
+        {"name": f"AGENT_SETTING_{each}", "value": f"https://models.example.com/v1/{each:x}"} for each in range(6)
     ]
     env.append({"name": "API_KEY", "valueFrom": {"secretKeyRef": {"name": "model", "key": "key"}}})
     labels = {
@@ -203,7 +203,8 @@ async def typed(path: str, namespace: str, line: bytes) -> tuple[float, Blocks, 
         with watched_loop() as blocks:
             seconds = await cpu_of(list_all, rounds=2)
         stream = watch.Watch()
-        stream.api_client = api
+        await stream.close()
+        stream._api_client = api
         text = line.decode()
         begun = time.process_time()
         for _ in range(EVENTS // 10):
@@ -249,8 +250,10 @@ async def measure() -> list[dict[str, object]]:
             longest = []
             for _ in range(ROUNDS):
                 gc.collect()
+                await anyio.sleep(0)  # that collection is not a turn of the sync
                 with watched_loop() as blocks:
                     await sync()
+                    await anyio.sleep(0)
                 longest.append(blocks)
             begun = time.perf_counter()
             await sync()
@@ -265,8 +268,8 @@ async def measure() -> list[dict[str, object]]:
         row("sync, typed", theirs, f"{len(body) / 100 / 1000:.1f} KB a pod"),
         row("watch event, ours", event, f"{their_event / event:.0f}x less CPU than typed; {len(line)} bytes"),
         row("watch event, typed", their_event, ""),
-        row("longest turn of the loop, ours", wall, f"median of {ROUNDS}; worst {worst * 1e3:.1f} ms, CPU {cpu * 1e3:.1f} ms"),
-        row("longest turn of the loop, typed", their_blocks.wall, ""),
+        row("longest turn, ours", wall, f"median of {ROUNDS}; worst {worst * 1e3:.1f} ms; CPU {cpu * 1e3:.1f} ms"),
+        row("longest turn, typed", their_blocks.wall, ""),
         {"name": "kept for each pod", "size": PODS_WANTED, "per_item": f"{bytes_kept / 1000:.2f} KB", "note": ""},
     ]
 

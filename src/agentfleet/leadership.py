@@ -18,7 +18,7 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
@@ -44,6 +44,8 @@ from agentfleet.core.leadership import (
 from agentfleet.errors import AgentFleetError, BackendUnavailable, Conflict, DeadlineExceeded, NotLeader
 from agentfleet.loops import end_loops
 
+_SHORTEST = 0.001
+"""Seconds to wait at least: a wait that the clock is too coarse to see would be repeated at once, for ever."""
 _BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
@@ -210,6 +212,23 @@ class Term:
         return max(self._sent.values(), default=-math.inf)
 
 
+class Terms:
+    """Terms one by one, for `async for`: the next one comes when the one before is over."""
+
+    def __init__(self, following: Callable[[Term | None], Awaitable[Term | None]]) -> None:
+        self._following = following
+        self._last: Term | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Term:
+        self._last = await self._following(self._last)
+        if self._last is None:
+            raise StopAsyncIteration
+        return self._last
+
+
 class Leadership:
     """Stands for one lease, and leads when it holds it.
 
@@ -275,18 +294,17 @@ class Leadership:
         self._term.ensure()
         return self._term
 
-    async def terms(self) -> AsyncIterator[Term]:
-        """Each term from now on, the present one included; the next one when the one before is over.
+    def terms(self) -> Terms:
+        """Each term from now on, the present one included, for `async for`; ends when the leadership does."""
+        return Terms(self._next_after)
 
-        Ends when the leadership does.
-        """
-        while not self._left:
-            if self._term is None:
-                await self._began.wait()
-                continue
-            term = self._term
-            yield term
-            await term.ended()
+    async def _next_after(self, last: Term | None) -> Term | None:
+        """The first term after `last`, None if the leadership has ended."""
+        if last is not None:
+            await last.ended()
+        while self._term is None and not self._left:
+            await self._began.wait()
+        return self._term
 
     async def __aenter__(self) -> Self:
         if self._tasks is not None:
@@ -321,7 +339,7 @@ class Leadership:
         if decision.action is Action.DONE:
             return False
         if decision.action is Action.HOLD:
-            await self._clock.sleep(decision.wake - self._clock.now())
+            await self._clock.sleep(max(_SHORTEST, decision.wake - self._clock.now()))
         else:
             self._news = None if decision.write is None else Refused()  # if it is cut off, look what has come of it
             self._news = await self._ask(decision)
@@ -346,7 +364,7 @@ class Leadership:
         term = self._term
         if term is not None and term.epoch != decision.epoch:
             self._end()
-        if decision.epoch is not None:
+        if decision.epoch is not None and not self._left:
             if self._term is None:
                 self._term = Term(self.name, self.identity, decision.epoch, decision.valid_until, self._clock)
                 began, self._began = self._began, anyio.Event()

@@ -160,7 +160,7 @@ class WorkloadSizing(Sizing):
         stay = self._desk.view.total_counts().total
         failed = state.rollout.phase is RolloutPhase.FAILED
         return Workload(
-            self._desk.spec.name,
+            self._desk.spec,
             state.target,
             state.template,
             max(state.desired, min(self._size(), stay)),

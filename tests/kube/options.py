@@ -23,12 +23,21 @@ from agentfleet.kubespec import (
     Toleration,
     Volume,
 )
-from agentfleet.specs import FleetSpec
-from agentfleet.testing.strategies import fleet_specs, seconds, shares
+from agentfleet.specs import AgentTemplate, FleetSpec, ScalingPolicy
+from agentfleet.testing.strategies import (
+    health_policies,
+    recovery_policies,
+    rollout_policies,
+    scaling_policies,
+    seconds,
+    shares,
+)
 
-WORDS = st.from_regex(r"[a-z]([-a-z0-9]{0,8}[a-z0-9])?", fullmatch=True)
-VARIABLES = st.from_regex(r"[A-Z_][A-Z0-9_]{0,8}", fullmatch=True).filter(lambda name: not name.startswith("AGENTFLEET"))
-VALUES = st.from_regex(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,8}[A-Za-z0-9])?)?", fullmatch=True)
+# drawn from a few that lie at the borders: a pattern would draw them a letter at a time, forty fields long
+WORDS = st.sampled_from(["a", "b2", "pool-1", "x" * 63, "z-9-y"])
+VARIABLES = st.sampled_from(["A", "_B", "C_9", "LANG", "PATH"])
+VALUES = st.sampled_from(["", "1", "a.b_c-D", "Z" * 63])
+TEXTS = st.sampled_from(["", "plain", "$(A) $$ $x", "two\nlines", "ü\U0001f642", "null", "'\"{}: #&*!|>%@`"])
 KEYS = st.builds("{}{}".format, st.sampled_from(["", "example.com/"]), WORDS)
 LABELS = st.dictionaries(KEYS, VALUES, max_size=3)
 JSON = st.recursive(
@@ -102,8 +111,8 @@ def options() -> st.SearchStrategy[KubernetesOptions]:
         component=VALUES,
         part_of=st.none() | VALUES,
         labels=LABELS,
-        annotations=st.dictionaries(KEYS, st.text(max_size=9), max_size=2),
-        pod_annotations=st.dictionaries(KEYS, st.text(max_size=9), max_size=2),
+        annotations=st.dictionaries(KEYS, TEXTS, max_size=2),
+        pod_annotations=st.dictionaries(KEYS, TEXTS, max_size=2),
         selector=st.none() | st.dictionaries(KEYS, VALUES, min_size=1, max_size=2),
         service_account=st.none() | WORDS,
         mount_token=st.booleans(),
@@ -113,7 +122,10 @@ def options() -> st.SearchStrategy[KubernetesOptions]:
         spread=st.sampled_from([(), (Spread(),), (Spread(strict=True), Spread(over="topology.kubernetes.io/zone"))]),
         affinity=st.none() | st.just({"nodeAffinity": {}}),
         security=st.builds(
-            Security, user=st.none() | st.integers(1, 9999), writable_root=st.booleans(), volume_group=st.none() | st.just(1)
+            Security,
+            user=st.none() | st.integers(1, 9999),
+            writable_root=st.booleans(),
+            volume_group=st.none() | st.just(1),
         ),
         service=st.builds(
             ServiceOptions,
@@ -123,32 +135,63 @@ def options() -> st.SearchStrategy[KubernetesOptions]:
         ),
         disruption_budget=st.builds(DisruptionBudget, enabled=st.booleans(), max_unavailable=st.none() | shares()),
         config=st.none()
-        | st.builds(ConfigFiles, files=st.dictionaries(WORDS, st.text(max_size=9), max_size=2), path=st.just("/etc/agent")),
+        | st.builds(ConfigFiles, files=st.dictionaries(WORDS, TEXTS, max_size=2), path=st.just("/etc/agent")),
         autoscaler=st.builds(ClusterAutoscaler, enabled=st.booleans(), name=st.none() | WORDS),
     )
+
+
+def templates(
+    *, environment: st.SearchStrategy[str], port: st.SearchStrategy[int | None]
+) -> st.SearchStrategy[AgentTemplate]:
+    return st.builds(
+        AgentTemplate,
+        command=st.lists(TEXTS.filter(bool), min_size=1, max_size=3),
+        version=st.sampled_from(["1", "1.4.0", "v2+build 7", "ü", "x" * 90]),
+        env=st.dictionaries(environment, TEXTS, max_size=3),
+        cpu=st.sampled_from([0.0001, 0.25, 3.0]),
+        memory=st.sampled_from([1, 2**29, 10**9]),
+        port=port,
+        drain=seconds(0, 120),
+        kubernetes=options(),
+    )
+
+
+@st.composite
+def any_fleets(draw: st.DrawFn) -> FleetSpec:
+    """Valid fleets, some of which cannot be said in Kubernetes' words."""
+    template = draw(templates(environment=VARIABLES | st.just("no variable"), port=st.none() | st.just(8080)))
+    return _fleet(draw, draw(WORDS | st.just("9-lives")), template, draw(st.none() | scaling_policies()))
 
 
 @st.composite
 def fleets(draw: st.DrawFn) -> FleetSpec:
     """Fleets that can be said in Kubernetes' words."""
-    spec = draw(fleet_specs().filter(lambda spec: spec.name[0].isalpha()))
-    template = spec.template.replace(
-        env=draw(st.dictionaries(VARIABLES, st.text(max_size=9), max_size=3)),
-        port=spec.template.port or 8080,
-        kubernetes=draw(options()),
-    )
-    scaling = spec.scaling
-    if scaling is not None:  # what an HPA's metrics may be called, and sizes it knows
+    template = draw(templates(environment=VARIABLES, port=st.just(8080)))
+    options = template.kubernetes
+    assert options is not None
+    scaling = draw(st.none() | scaling_policies())
+    if scaling is None:
+        template = template.replace(kubernetes=options.replace(autoscaler=ClusterAutoscaler()))
+    else:  # what an HPA's metrics may be called, and sizes it knows
+        called = {"queue": "source", "metric": "metric"}
         targets = [
-            each.replace(**{name: "metric"}) if (name := {"queue": "source", "metric": "metric"}.get(each.kind)) else each
-            for each in scaling.targets
+            each.replace(**{called[each.kind]: "metric"}) if each.kind in called else each for each in scaling.targets
         ]
         scaling = scaling.replace(targets=targets, min_replicas=max(1, scaling.min_replicas))
-    else:
-        assert template.kubernetes is not None
-        plain = template.kubernetes.replace(autoscaler=ClusterAutoscaler())
-        template = template.replace(kubernetes=plain)
-    return spec.replace(template=template, scaling=scaling, replicas=max(1, spec.replicas))
+    return _fleet(draw, draw(WORDS), template, scaling)
+
+
+def _fleet(draw: st.DrawFn, name: str, template: AgentTemplate, scaling: ScalingPolicy | None) -> FleetSpec:
+    low, high = (scaling.min_replicas, scaling.max_replicas) if scaling is not None else (0, 50)
+    return FleetSpec(
+        name=name,
+        template=template,
+        replicas=draw(st.integers(low, high)),
+        scaling=scaling,
+        health=draw(health_policies()),
+        recovery=draw(recovery_policies()),
+        rollout=draw(rollout_policies()),
+    )
 
 
 def versions() -> st.SearchStrategy[ApiVersions]:

@@ -71,8 +71,8 @@ def leases(server: Server, wall: datetime | None = None) -> KubernetesLeases:
 
 
 def test_it_is_a_lease_store() -> None:
-    store: LeaseStore = leases(Server())
-    assert store
+    store: LeaseStore = leases(Server(LEASE))
+    assert anyio.run(lambda: store.get("a", timeout=1)) is not None
 
 
 def test_a_lease_is_read() -> None:

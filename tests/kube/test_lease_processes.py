@@ -2,8 +2,8 @@
 
 Each leads by a lease and, while it leads, writes a register as fast as it can, as a manager writes its fleet's objects:
 inside `term.writing`, with the resource version that it has read. The first write of a term stamps its epoch on the
-register, so that whatever an earlier leader had already sent is refused by its version. What the server has accepted, in
-its own order, shows whether an old epoch ever wrote after a new one.
+register, so that whatever an earlier leader had already sent is refused by its version. What the server has accepted,
+in its own order, shows whether an old epoch ever wrote after a new one.
 """
 
 from __future__ import annotations

@@ -73,7 +73,9 @@ def test_notes_go_beside_the_manifests(tmp_path: Path) -> None:
     file = tmp_path / "fleet.yaml"
     file.write_text(FLEET.read_text().replace("timeout: 1s", "timeout: 1500ms"))
     answer = rendered(str(file))
-    assert "note: health.checks.0.timeout: Kubernetes counts whole seconds, at least 1: 1.5 s become 2 s." in answer.stderr
+    assert (
+        "note: health.checks.0.timeout: Kubernetes counts whole seconds, at least 1: 1.5 s become 2 s." in answer.stderr
+    )
     assert "note" not in answer.stdout
 
 

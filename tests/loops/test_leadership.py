@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import anyio
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentfleet.clock import SystemClock
-from agentfleet.core.leadership import LeaseDecision, LeasePolicy
+from agentfleet.clock import Clock, SystemClock
+from agentfleet.core.leadership import LeaseDecision, LeasePolicy, LeaseRecord
 from agentfleet.errors import BackendRefused, BackendUnavailable, DeadlineExceeded, NotLeader
 from agentfleet.leadership import BootClock, Leadership, MemoryLeases, Term
 from agentfleet.testing import run_virtual, virtual
@@ -48,17 +48,20 @@ class StoppableLeases(MemoryLeases):
         self.store = store
         self.replica = clock
 
-    async def get(self, name: str, *, timeout: float):
+    async def get(self, name: str, *, timeout: float) -> LeaseRecord | None:
+        await self.replica.running.wait()
         answer = await self.store.get(name, timeout=timeout)
         await self.replica.running.wait()
         return answer
 
-    async def create(self, name: str, record, *, timeout: float):
+    async def create(self, name: str, record: LeaseRecord, *, timeout: float) -> LeaseRecord:
+        await self.replica.running.wait()
         answer = await self.store.create(name, record, timeout=timeout)
         await self.replica.running.wait()
         return answer
 
-    async def update(self, name: str, record, *, timeout: float):
+    async def update(self, name: str, record: LeaseRecord, *, timeout: float) -> LeaseRecord:
+        await self.replica.running.wait()
         answer = await self.store.update(name, record, timeout=timeout)
         await self.replica.running.wait()
         return answer
@@ -68,8 +71,20 @@ def store() -> MemoryLeases:
     return MemoryLeases(clock=SystemClock(0.0), latency=0.02)
 
 
-def candidate(leases: MemoryLeases, **more) -> Leadership:
-    return Leadership("f", leases, clock=more.pop("clock", SystemClock(0.0)), rng=random.Random(1), **more)
+def candidate(
+    leases: MemoryLeases,
+    *,
+    clock: Clock | None = None,
+    identity: str | None = None,
+    on_decision: Callable[[LeaseDecision], None] | None = None,
+) -> Leadership:
+    clock = clock or SystemClock(0.0)
+    return Leadership("f", leases, clock=clock, rng=random.Random(1), identity=identity, on_decision=on_decision)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():  # noqa: ASYNC110 - that is the point
+        await anyio.sleep(0.01)
 
 
 async def lead(leadership: Leadership, timeout: float = 30.0) -> Term:
@@ -153,18 +168,22 @@ async def test_every_decision_is_told_with_its_reason() -> None:
 @virtual
 async def test_who_waits_leads_within_a_second_of_a_leave() -> None:
     leases = store()
-    async with candidate(leases) as second, anyio.create_task_group() as group:
+    led: list[tuple[float, int]] = []
+
+    async def second() -> None:
+        async with candidate(leases) as leadership:
+            term = await lead(leadership)
+            led.append((anyio.current_time(), term.epoch))
+
+    async with anyio.create_task_group() as group:
         async with candidate(leases) as first:
-            ours = second if second.leads else first
-            await lead(ours)
-            if ours is second:
-                group.cancel_scope.cancel()
-                return
+            await lead(first)
+            group.start_soon(second)
             await anyio.sleep(10.0)
             left = anyio.current_time()
-        term = await lead(second)
-        assert anyio.current_time() - left < 1.0
-        assert term.epoch == 2
+    ((at, epoch),) = led
+    assert at - left < 1.0
+    assert epoch == 2
 
 
 @virtual
@@ -173,8 +192,7 @@ async def test_leaving_takes_the_lease_along_also_when_a_renewal_is_cut_off() ->
     async with candidate(leases) as leadership:
         await lead(leadership)
         leases.latency = 0.4
-        while leadership.decision is None or leadership.decision.action != "renew":
-            await anyio.sleep(0.05)
+        await until(lambda: leadership.decision is not None and leadership.decision.action == "renew")
         await anyio.sleep(0.3)  # applied, not answered
     assert leases.history["f"][-1].holder is None
 
@@ -229,8 +247,7 @@ async def test_terms_end_with_the_leadership() -> None:
         seen: list[int] = []
 
         async def follow(leadership: Leadership) -> None:
-            async for term in leadership.terms():
-                seen.append(term.epoch)
+            seen.extend([term.epoch async for term in leadership.terms()])
             seen.append(0)
 
         async with candidate(store()) as leadership:
@@ -268,8 +285,7 @@ async def test_a_hanging_store_ends_the_acting_at_the_deadline_and_the_term_come
         term = await lead(leadership)
         leases.hang(20.0)
         hung = anyio.current_time()
-        while term.valid:
-            await anyio.sleep(0.01)
+        await until(lambda: not term.valid)
         assert anyio.current_time() - hung <= POLICY.renew_deadline
         assert not term.over
         with pytest.raises(NotLeader, match="lapsed"):
@@ -358,7 +374,7 @@ async def test_a_foreign_error_of_the_store_is_a_failure_and_a_bug_is_not_hidden
         assert term.valid
 
     class Broken(MemoryLeases):
-        async def get(self, name: str, *, timeout: float):
+        async def get(self, name: str, *, timeout: float) -> LeaseRecord | None:
             raise KeyError("a bug")
 
     with pytest.raises(BaseExceptionGroup) as caught:
@@ -370,8 +386,9 @@ async def test_a_foreign_error_of_the_store_is_a_failure_and_a_bug_is_not_hidden
 @virtual
 async def test_a_store_that_forgets_its_deadline_is_cut_off() -> None:
     class Deaf(MemoryLeases):
-        async def get(self, name: str, *, timeout: float):
+        async def get(self, name: str, *, timeout: float) -> LeaseRecord | None:
             await anyio.sleep_forever()
+            raise AssertionError
 
     async with candidate(Deaf()) as leadership:
         await anyio.sleep(5.0)

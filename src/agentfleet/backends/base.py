@@ -36,7 +36,7 @@ from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from agentfleet.instances import Instance, Node, Usage
-from agentfleet.specs import AgentTemplate
+from agentfleet.specs import AgentTemplate, FleetSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,8 @@ class Creation:
 class Workload:
     """What a whole fleet should be, for an engine that makes it so by itself."""
 
-    fleet: str
+    spec: FleetSpec
+    """The fleet as its user asks for it; size and template here go before those in it."""
     revision: int
     template: AgentTemplate
     replicas: int
@@ -101,6 +102,11 @@ class Workload:
     """Whether its rollout is to stay where it is."""
     expendable: tuple[str, ...] = ()
     """Instances that are to go first when there are too many."""
+
+    @property
+    def fleet(self) -> str:
+        """The fleet's name."""
+        return self.spec.name
 
 
 class Engine(Protocol):

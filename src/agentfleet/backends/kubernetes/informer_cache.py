@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from msgspec.structs import force_setattr
 
 from agentfleet.backends.kubernetes.objects import KubeObject, Meta
 from agentfleet.backends.kubernetes.resources import version_of
@@ -20,6 +22,8 @@ __all__ = ["Changed", "ObjectCache", "Removed", "Snapshot", "key_of"]
 
 ObjectT = TypeVar("ObjectT", bound=KubeObject)
 
+_COMMON = 4096
+"""Label values and owners of which one copy is shared."""
 _GRAVES = 4096
 """Removed objects that are remembered, so that a late event does not bring them back."""
 
@@ -59,6 +63,7 @@ class ObjectCache(Generic[ObjectT]):
     def __init__(self) -> None:
         self._objects: dict[str, ObjectT] = {}
         self._graves: dict[str, int] = {}
+        self._common: dict[Any, Any] = {}
         self.objects: Mapping[str, ObjectT] = MappingProxyType(self._objects)
         """What exists, live, read-only."""
         self.version = 0
@@ -88,6 +93,7 @@ class ObjectCache(Generic[ObjectT]):
             self.dropped += 1
             return ()
         self._graves.pop(meta.uid, None)
+        self._share(meta)
         if version is not None and version > self.version and not listed:  # a page is not the whole list yet
             self.version = version
         if known is None:
@@ -137,14 +143,23 @@ class ObjectCache(Generic[ObjectT]):
             removed.append(Removed(known))
         return removed
 
+    def _share(self, meta: Meta) -> None:
+        """Keep what a thousand pods of one owner have in common once, not a thousand times."""
+        common = self._common
+        if len(common) > _COMMON:
+            common.clear()
+        labels = meta.labels
+        for name, value in labels.items():
+            labels[name] = common.setdefault(value, value)
+        owners = meta.owner_references
+        if owners:
+            force_setattr(meta, "owner_references", common.setdefault(owners, owners))
+
     def _is_news(self, meta: Meta, version: int | None, known: ObjectT | None) -> bool:
         if version is None:  # a server whose versions are no numbers: believe the order in which they come
             return True
-        if known is not None:
-            before = version_of(known.metadata)
-            return before is None or version > before
-        grave = self._graves.get(meta.uid)
-        return grave is None or version > grave
+        before = version_of(known.metadata) if known is not None else None
+        return version > max(before or 0, self._graves.get(meta.uid, 0))
 
     def _bury(self, meta: Meta, version: int | None) -> None:
         known = version_of(meta)

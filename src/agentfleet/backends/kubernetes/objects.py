@@ -7,7 +7,7 @@ Your own kinds are a struct like these with a `metadata: Meta`, and a `resources
 from __future__ import annotations
 
 import datetime as dt
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -91,7 +91,7 @@ class Condition(Slim, frozen=True):
     """One statement about an object."""
 
     type: str
-    status: str = "Unknown"
+    status: Literal["True", "False", "Unknown"] = "Unknown"
     reason: str = ""
     last_transition_time: Time | None = None
 
@@ -109,10 +109,18 @@ class ContainerResources(Slim, frozen=True):
     requests: Requests | None = None
 
 
+class Port(Slim, frozen=True):
+    """A port that a container listens on."""
+
+    container_port: int
+    name: str = ""
+
+
 class Container(Slim, frozen=True):
     """A container as it is wanted."""
 
     name: str
+    ports: tuple[Port, ...] = ()
     image: str = ""
     resources: ContainerResources | None = None
 
@@ -281,11 +289,45 @@ class ReplicaSet(Slim, frozen=True):
     status: ReplicasStatus = ReplicasStatus()
 
 
+class ManagedField(Slim, frozen=True):
+    """Who wrote some of an object's fields, and when last."""
+
+    manager: str = ""
+    subresource: str = ""
+    time: Time | None = None
+
+
+class DeploymentMeta(Meta, frozen=True):
+    """Who it is, and who wrote it."""
+
+    managed_fields: tuple[ManagedField, ...] = ()
+
+
+class TemplateMeta(Slim, frozen=True):
+    """The labels that pods get."""
+
+    labels: dict[str, str] = {}
+
+
+class PodTemplate(Slim, frozen=True):
+    """What pods are made from."""
+
+    metadata: TemplateMeta = TemplateMeta()
+
+
+class DeploymentSpec(Slim, frozen=True):
+    """How many pods of which template are wanted."""
+
+    replicas: int | None = None
+    paused: bool = False
+    template: PodTemplate = PodTemplate()
+
+
 class Deployment(Slim, frozen=True):
     """A Deployment."""
 
-    metadata: Meta
-    spec: ReplicasSpec = ReplicasSpec()
+    metadata: DeploymentMeta
+    spec: DeploymentSpec = DeploymentSpec()
     status: ReplicasStatus = ReplicasStatus()
 
 

@@ -19,9 +19,12 @@ _Kind = Literal["readiness", "liveness", "startup"]
 def probes(rendering: Rendering) -> dict[str, Any]:
     """The container's `readinessProbe`, `livenessProbe` and `startupProbe`, as far as there are any."""
     options = rendering.options
-    startup = options.startup
-    if startup is None:
-        startup = options.liveness is not False and rendering.spec.health.startup > 0
+    startup: Probe | bool | None = options.startup
+    if startup is None:  # asks what the liveness probe asks
+        liveness = options.liveness
+        startup = liveness.replace(failures=None) if isinstance(liveness, Probe) else liveness
+        if rendering.spec.health.startup == 0:
+            startup = False
     wanted: tuple[tuple[_Kind, Probe | bool], ...] = (
         ("readiness", options.readiness),
         ("liveness", options.liveness),

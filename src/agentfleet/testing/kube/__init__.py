@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agentfleet.testing.kube.access import Access
     from agentfleet.testing.kube.assets import find_assets
-    from agentfleet.testing.kube.behaviour import Behaviour
+    from agentfleet.testing.kube.behaviour import Behaviour, Timing
     from agentfleet.testing.kube.client import Client
     from agentfleet.testing.kube.errors import ApiRefused, AssetsMissing, PlaneFailed
     from agentfleet.testing.kube.faults import NodeFaults, PodSeen
     from agentfleet.testing.kube.kubelet import FakeKubelet
     from agentfleet.testing.kube.kubeletoptions import KubeletOptions
     from agentfleet.testing.kube.kubeletprocess import KubeletProcess
-    from agentfleet.testing.kube.lifecycle import Timing
     from agentfleet.testing.kube.plane import ControlPlane, PlaneOptions
     from agentfleet.testing.kube.proxy import FaultProxy
 
@@ -39,7 +38,7 @@ _HOME_OF = {
     "PlaneFailed": "errors",
     "PlaneOptions": "plane",
     "PodSeen": "faults",
-    "Timing": "lifecycle",
+    "Timing": "behaviour",
     "find_assets": "assets",
 }
 

@@ -31,6 +31,23 @@ class Behaviour:
     task: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds.
+
+    Attributes:
+        restart: From a first crash to the restart.
+        backoff: The first back-off of a crash-loop; it doubles.
+        backoff_cap: Its longest.
+        pull_backoff: From ErrImagePull to ImagePullBackOff.
+    """
+
+    restart: float = 1.0
+    backoff: float = 10.0
+    backoff_cap: float = 300.0
+    pull_backoff: float = 1.0
+
+
 class Rules:
     """Behaviours by patterns of image names, the newest first."""
 

@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -96,7 +96,7 @@ class FakeKubelet(NodeFaults):
                     await self.nodes.register()
             except TimeoutError as error:
                 raise DeadlineExceeded(
-                    f"{self.options.nodes} nodes were not registered within {self._timeout:g} s: is the API server well?"
+                    f"{self.options.nodes} nodes not registered within {self._timeout:g} s: see the API server's log"
                 ) from error
             self._tasks = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(self._tasks.cancel_scope.cancel)
@@ -180,7 +180,7 @@ class FakeKubelet(NodeFaults):
     def _adopt(self, view: Pod) -> PodRun:
         node = self.nodes.by_name[view.spec.node_name]
         lead, behaviour = self.rules.choose([each.image for each in view.spec.containers])
-        run = PodRun(view, node.name, node.host, self.addresses.take(), lead, behaviour)
+        run = PodRun(view, node.name, node.host, self.addresses.take(), lead=lead, behaviour=behaviour)
         self.runs[view.metadata.uid] = run
         return run
 
@@ -218,7 +218,7 @@ class FakeKubelet(NodeFaults):
         """Note a pod that was ended with work in flight."""
         self._killed_busy.append(run.name)
 
-    def spawn(self, work: Callable[[PodRun], Awaitable[None]], run: PodRun) -> None:
+    def spawn(self, work: Callable[[PodRun], Coroutine[Any, Any, None]], run: PodRun) -> None:
         """Run a coroutine for a pod beside."""
         if self._tasks is not None:
             self._tasks.start_soon(work, run)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from agentfleet.errors import SpecError
-from agentfleet.testing.kube.behaviour import Behaviour
-from agentfleet.testing.kube.lifecycle import Timing
+from agentfleet.testing.kube.behaviour import Behaviour, Timing
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +39,8 @@ class KubeletOptions:
     region: str = "region-1"
     capacity: Mapping[str, str] = field(default_factory=lambda: {"cpu": "64", "memory": "256Gi", "pods": "110"})
     labels: Mapping[str, str] = field(default_factory=dict)
-    behaviour: Behaviour = Behaviour()
-    timing: Timing = Timing()
+    behaviour: Behaviour = field(default_factory=Behaviour)
+    timing: Timing = field(default_factory=Timing)
     lease_period: float = 10.0
     status_period: float = 60.0
     addresses: str | None = None

@@ -73,11 +73,11 @@ class KubeletProcess(NodeFaults):
         command = [sys.executable, "-m", "agentfleet.testing.kube.kubelet", "--kubeconfig", str(config)]
         command += ["--options", json.dumps(asdict(self.options), default=list)]
         with (folder / "log").open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - our own module
+            self._process = subprocess.Popen(  # noqa: ASYNC220, S603 - our own module; from this thread, which it ends with
                 bound(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
             )
         try:
-            await self._in_thread(b"")
+            await self._in_thread(b"")  # it says so when its nodes are registered
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self.stop()
@@ -113,8 +113,7 @@ class KubeletProcess(NodeFaults):
 
     async def _in_thread(self, asked: bytes) -> dict[str, Any]:
         """Send and await the answer. Not abandoned when cancelled: the next answer would be taken for this one."""
-        with anyio.CancelScope(shield=True):
-            return await to_thread.run_sync(self._talk, asked)
+        return await to_thread.run_sync(self._talk, asked, abandon_on_cancel=False)
 
     def _talk(self, asked: bytes) -> dict[str, Any]:
         with self._lock:

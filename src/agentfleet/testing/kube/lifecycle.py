@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
+from agentfleet.testing.kube.behaviour import Timing
 from agentfleet.testing.kube.podagent import PodAgent, Vitals
 from agentfleet.testing.kube.podrun import PodRun, Stage
 
 _STEADY = 2  # a container that ran so many times the longest back-off has its crashes forgiven, as a kubelet does
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds.
-
-    Attributes:
-        restart: From a first crash to the restart.
-        backoff: The first back-off of a crash-loop; it doubles.
-        backoff_cap: Its longest.
-        pull_backoff: From ErrImagePull to ImagePullBackOff.
-    """
-
-    restart: float = 1.0
-    backoff: float = 10.0
-    backoff_cap: float = 300.0
-    pull_backoff: float = 1.0
 
 
 class Listener(Protocol):
@@ -42,7 +25,7 @@ class Listener(Protocol):
     def lost_work(self, run: PodRun) -> None:
         """It was ended while work was in flight."""
 
-    def spawn(self, work: Callable[[PodRun], Awaitable[None]], run: PodRun) -> None:
+    def spawn(self, work: Callable[[PodRun], Coroutine[Any, Any, None]], run: PodRun) -> None:
         """Run a coroutine beside."""
 
 

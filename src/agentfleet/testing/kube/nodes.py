@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -105,7 +105,8 @@ class Nodes:
         status, said = await self._api.send("POST", "/api/v1/nodes", node.object())
         if status not in {201, 409}:
             raise BackendRefused(
-                f"the API server refuses node {node.name} with {status}: {said[:500]!r}; connect as one who may create it"
+                f"the API server refuses node {node.name} with {status}: {said[:500]!r}; "
+                "connect as one who may create it"
             )
         await self._report(node)
         await self._renew(node)
@@ -116,7 +117,7 @@ class Nodes:
             tasks.start_soon(self._each, self._lease_period, self._renew)
             tasks.start_soon(self._each, self._status_period, self._report)
 
-    async def _each(self, period: float, act: Callable[[Node], Awaitable[None]]) -> None:
+    async def _each(self, period: float, act: Callable[[Node], Coroutine[Any, Any, None]]) -> None:
         nodes = list(self.by_name.values())
         async with anyio.create_task_group() as tasks:
             begun = anyio.current_time()

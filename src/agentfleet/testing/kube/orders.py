@@ -47,7 +47,8 @@ def _runs(kubelet: FakeKubelet, names: list[str]) -> list[PodRun]:
     by_name = {run.name: run for run in kubelet.runs.values()}
     if missing := [name for name in names if name not in by_name]:
         raise InstanceGone(
-            f"no node here runs {', '.join(missing[:5])}: pods are named namespace/name, and must be bound to a fake node"
+            f"no node here runs {', '.join(missing[:5])}: pods are named namespace/name, "
+            "and must be bound to a fake node"
         )
     return [by_name[name] for name in names]
 
@@ -107,25 +108,25 @@ def _crash_loop(kubelet: FakeKubelet, run: PodRun, told: Mapping[str, Any]) -> N
     kubelet.lifecycle.crash(run, told["exit_code"], run.behaviour.reason)
 
 
-def _unready(kubelet: FakeKubelet, run: PodRun, told: Mapping[str, Any]) -> None:
+def _unready(kubelet: FakeKubelet, run: PodRun, _: Mapping[str, Any]) -> None:
     run.decreed = run.vitals.ready = False
     kubelet.changed(run)
 
 
-def _sick(kubelet: FakeKubelet, run: PodRun, told: Mapping[str, Any]) -> None:
+def _sick(_: FakeKubelet, run: PodRun, __: Mapping[str, Any]) -> None:
     run.vitals.healthy = False
 
 
-def _hang(kubelet: FakeKubelet, run: PodRun, told: Mapping[str, Any]) -> None:
+def _hang(_: FakeKubelet, run: PodRun, __: Mapping[str, Any]) -> None:
     run.vitals.silent = True
 
 
-def _busy(kubelet: FakeKubelet, run: PodRun, told: Mapping[str, Any]) -> None:
+def _busy(_: FakeKubelet, run: PodRun, told: Mapping[str, Any]) -> None:
     run.vitals.busy = told["in_flight"]
     run.vitals.changed()
 
 
-def _heal(kubelet: FakeKubelet, run: PodRun, told: Mapping[str, Any]) -> None:
+def _heal(kubelet: FakeKubelet, run: PodRun, _: Mapping[str, Any]) -> None:
     run.decreed = None
     run.vitals.healthy, run.vitals.silent, run.vitals.busy = True, False, 0
     run.vitals.ready = run.app_ready

@@ -107,7 +107,7 @@ class _Conversation(asyncio.Protocol):
         self._transport = transport
         self._open.add(self)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's
         """End."""
         self._open.discard(self)
 

@@ -35,7 +35,7 @@ _WAITING = {Stage.CREATING, Stage.PULL_FAILED, Stage.PULL_BACKOFF, Stage.START_F
 class PodRun:
     """What runs for one pod. The kubelet moves it from stage to stage; this computes what is reported."""
 
-    def __init__(self, view: Pod, node: str, host: str, address: str, lead: int, behaviour: Behaviour) -> None:
+    def __init__(self, view: Pod, node: str, host: str, address: str, *, lead: int, behaviour: Behaviour) -> None:
         self.view = view
         self.node = node
         self.host = host

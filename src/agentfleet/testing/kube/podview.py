@@ -9,7 +9,7 @@ class _Slim(msgspec.Struct, rename="camel", gc=False, frozen=True):
     """Fields in camel case; what is not named here is skipped."""
 
 
-class Meta(_Slim):
+class Meta(_Slim, frozen=True):
     """metadata."""
 
     name: str
@@ -20,13 +20,13 @@ class Meta(_Slim):
     deletion_grace_period_seconds: int | None = None
 
 
-class Port(_Slim):
+class Port(_Slim, frozen=True):
     """A declared port of a container."""
 
     container_port: int
 
 
-class Container(_Slim):
+class Container(_Slim, frozen=True):
     """spec.containers[]."""
 
     name: str
@@ -34,20 +34,20 @@ class Container(_Slim):
     ports: tuple[Port, ...] = ()
 
 
-class Gate(_Slim):
+class Gate(_Slim, frozen=True):
     """spec.readinessGates[]."""
 
     condition_type: str
 
 
-class Condition(_Slim):
+class Condition(_Slim, frozen=True):
     """status.conditions[]."""
 
     type: str
     status: str
 
 
-class Spec(_Slim):
+class Spec(_Slim, frozen=True):
     """spec."""
 
     node_name: str = ""
@@ -56,14 +56,14 @@ class Spec(_Slim):
     restart_policy: str = "Always"
 
 
-class Status(_Slim):
+class Status(_Slim, frozen=True):
     """status."""
 
     phase: str = ""
     conditions: tuple[Condition, ...] = ()
 
 
-class Pod(_Slim):
+class Pod(_Slim, frozen=True):
     """A pod."""
 
     metadata: Meta
@@ -89,28 +89,28 @@ class Pod(_Slim):
         return all(gate.condition_type in true for gate in self.spec.readiness_gates)
 
 
-class ListMeta(_Slim):
+class ListMeta(_Slim, frozen=True):
     """metadata of a list."""
 
     resource_version: str = ""
     next: str = msgspec.field(name="continue", default="")
 
 
-class PodList(_Slim):
+class PodList(_Slim, frozen=True):
     """One page of pods."""
 
     metadata: ListMeta
     items: tuple[Pod, ...] = ()
 
 
-class Event(_Slim):
+class Event(_Slim, frozen=True):
     """One line of a watch; the object is decoded once its type is known."""
 
     type: str
     object: msgspec.Raw
 
 
-class Bookmark(_Slim):
+class Bookmark(_Slim, frozen=True):
     """The object of a bookmark or of an error."""
 
     metadata: ListMeta = ListMeta()

@@ -1,0 +1,128 @@
+"""Pods and Deployments as fleets see them: pure functions from Kubernetes' words to ours."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable
+
+from agentfleet.backends.base import Ordered
+from agentfleet.backends.kubernetes import naming
+from agentfleet.backends.kubernetes.objects import ContainerStatus, Deployment, Pod
+from agentfleet.backends.kubernetes.objects import Node as KubeNode
+from agentfleet.instances import NO_SLOT, Instance, Node, Phase
+
+_HOPELESS = ("CrashLoopBackOff",)
+"""Why a container waits that has run and has ended; all other reasons are those of one that was never started."""
+_CLUSTER = frozenset(("kube-controller-manager", "kube-scheduler", "kubelet"))
+"""Writers that only keep what others have told them."""
+
+
+def instance_of(pod: Pod, fleet: str, *, lost: bool = False) -> Instance:
+    """One pod as an instance.
+
+    Args:
+        pod: The pod.
+        fleet: Name of the fleet.
+        lost: Whether its node cannot be reached.
+    """
+    status = _agent(pod.status.container_statuses)
+    running = status.state.running if status is not None and status.state is not None else None
+    ready_at = next((each.last_transition_time for each in pod.status.conditions if each.type == "Ready"), None)
+    labels = pod.metadata.labels
+    return Instance(
+        id=pod.metadata.name,
+        fleet=fleet,
+        slot=NO_SLOT,
+        revision=_number(labels.get(naming.REVISION)) or 0,
+        version=labels.get("app.kubernetes.io/version", ""),
+        phase=Phase.LOST if lost and pod.spec.node_name else _phase(pod, status),
+        created_at=_seconds(pod.metadata.creation_timestamp) or 0.0,
+        started_at=_seconds(running.started_at) if running is not None else None,
+        ready=pod.ready,
+        ready_at=_seconds(ready_at) if pod.ready else None,
+        node=pod.spec.node_name or None,
+        address=_address(pod),
+        restarts=status.restart_count if status is not None else 0,
+        exit_code=_exit_code(status),
+    )
+
+
+def node_of(node: KubeNode, *, lost: bool = False) -> Node:
+    """One node as a machine that instances run on."""
+    return Node(
+        node.metadata.name, ready=node.ready and not lost, schedulable=not node.spec.unschedulable, zone=node.zone
+    )
+
+
+def ordered_of(deployment: Deployment | None) -> Ordered:
+    """What a Deployment has been told to keep, and by whom if it was not us."""
+    if deployment is None or deployment.metadata.deletion_timestamp is not None:
+        return Ordered(0)
+    spec = deployment.spec
+    writer = _last_writer(deployment)
+    return Ordered(
+        replicas=1 if spec.replicas is None else spec.replicas,
+        revision=_number(spec.template.metadata.labels.get(naming.REVISION)),
+        paused=spec.paused,
+        by=None if writer in (naming.MANAGER, None) else writer,
+    )
+
+
+def _last_writer(deployment: Deployment) -> str | None:
+    """Who wrote the object's wishes last; the server keeps the time of each writer's last change."""
+    wrote = [
+        each
+        for each in deployment.metadata.managed_fields
+        if each.subresource != "status" and each.manager not in _CLUSTER and each.time is not None
+    ]
+    if not wrote:
+        return None
+    newest = max(each.time for each in wrote if each.time is not None)
+    latest = [each.manager for each in wrote if each.time == newest]
+    return naming.MANAGER if naming.MANAGER in latest else latest[-1]  # times are whole seconds
+
+
+def _agent(statuses: Iterable[ContainerStatus]) -> ContainerStatus | None:
+    """The container that runs the agent: the one of that name, or else the first."""
+    found = list(statuses)
+    return next((each for each in found if each.name == naming.CONTAINER), found[0] if found else None)
+
+
+def _phase(pod: Pod, status: ContainerStatus | None) -> Phase:
+    if pod.metadata.deletion_timestamp is not None:
+        return Phase.DRAINING
+    if pod.status.phase in ("Failed", "Succeeded"):
+        return Phase.EXITED
+    state = status.state if status is not None else None
+    if state is None or pod.status.phase != "Running":
+        return Phase.PENDING
+    if state.terminated is not None or (state.waiting is not None and state.waiting.reason in _HOPELESS):
+        return Phase.EXITED
+    return Phase.RUNNING if state.running is not None else Phase.PENDING
+
+
+def _exit_code(status: ContainerStatus | None) -> int | None:
+    if status is None:
+        return None
+    for state in (status.state, status.last_state):
+        if state is not None and state.terminated is not None:
+            return state.terminated.exit_code
+    return None
+
+
+def _address(pod: Pod) -> str | None:
+    if not pod.status.pod_ip:
+        return None
+    containers = pod.spec.containers
+    agent = next((each for each in containers if each.name == naming.CONTAINER), containers[0] if containers else None)
+    port = agent.ports[0].container_port if agent is not None and agent.ports else None
+    host = f"[{pod.status.pod_ip}]" if ":" in pod.status.pod_ip else pod.status.pod_ip
+    return None if port is None else f"{host}:{port}"
+
+
+def _seconds(time: dt.datetime | None) -> float | None:
+    return None if time is None else time.timestamp()
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None

@@ -1,0 +1,259 @@
+"""What is seen of all fleets in one namespace: pods, Deployments, nodes and the nodes' heartbeats, by one watch each.
+
+Watchers of a fleet are told which of its pods changed and read them when they come to it: a slow one skips what a pod
+was in between, never what it is.
+
+A node is lost when its heartbeat (its Lease, KEP-589) has not moved for `node_grace` seconds by our own clock: the
+control plane itself waits 40 s before it says so, and minutes before it acts. When most nodes seem lost at once, or the
+heartbeats' own watch is silent, it is our sight that is lost, and nothing is said of any node.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio.abc import TaskGroup
+
+from agentfleet.backends.base import Changed, Observation, Ordered, Removed, Snapshot
+from agentfleet.backends.kubernetes import naming
+from agentfleet.backends.kubernetes.connection import Requests
+from agentfleet.backends.kubernetes.informer import Informer
+from agentfleet.backends.kubernetes.informer_cache import Changed as Put
+from agentfleet.backends.kubernetes.informer_cache import Snapshot as Listed
+from agentfleet.backends.kubernetes.objects import Deployment, Lease, Node, Pod
+from agentfleet.backends.kubernetes.pods import instance_of, node_of, ordered_of
+from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, LEASES, NODES, PODS
+from agentfleet.errors import BackendUnavailable
+from agentfleet.instances import Instance
+
+NODE_LEASES = "kube-node-lease"
+_LOOK = 1.0
+"""Seconds between two looks at the nodes' heartbeats."""
+_BLIND_SHARE = 0.5
+"""Share of the nodes that may be lost at once before it is our own sight that is doubted."""
+
+
+class Sight:
+    """The eyes of one backend. Use it as an async context manager.
+
+    Args:
+        connection: How the API server is asked.
+        namespace: Where the fleets live.
+        node_grace: Seconds without a heartbeat after which a node is lost; kubelets send one every 10 s.
+    """
+
+    def __init__(self, connection: Requests, namespace: str, *, node_grace: float = 16.0) -> None:
+        ours = {"app.kubernetes.io/managed-by": naming.MANAGER}
+        self.namespace = namespace
+        self.pods: Informer[Pod] = Informer(connection, PODS, namespace=namespace, labels=naming.FLEET)
+        self.deployments: Informer[Deployment] = Informer(connection, DEPLOYMENTS, namespace=namespace, labels=ours)
+        self._nodes: Informer[Node] = Informer(connection, NODES)
+        self._leases: Informer[Lease] = Informer(connection, LEASES, namespace=NODE_LEASES, silence=30.0)
+        self._node_grace = node_grace
+        self._beats: dict[str, float] = {}
+        self._lost: frozenset[str] = frozenset()
+        self._watches: dict[str, list[FleetWatch]] = {}
+        self._stack = AsyncExitStack()
+        self._tasks: TaskGroup | None = None
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            for informer in (self.pods, self.deployments, self._nodes, self._leases):
+                await stack.enter_async_context(informer)
+            self._tasks = await stack.enter_async_context(anyio.create_task_group())
+            stack.callback(self._tasks.cancel_scope.cancel)
+            for loop in (
+                self._follow_pods,
+                self._follow_deployments,
+                self._follow_nodes,
+                self._follow_beats,
+                self._look,
+            ):
+                self._tasks.start_soon(loop)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.close()
+        await self._stack.__aexit__(None, None, None)
+
+    async def wait_synced(self, timeout: float = 60.0) -> None:
+        """Wait until everything has been seen once; raises like `Informer.wait_synced`."""
+        with anyio.fail_after(timeout):
+            for informer in (self.pods, self.deployments, self._nodes):
+                await informer.wait_synced(timeout)
+
+    def pod(self, name: str) -> Pod | None:
+        """A pod as last seen."""
+        return self.pods.cache.get(f"{self.namespace}/{name}")
+
+    def deployment(self, fleet: str) -> Deployment | None:
+        """A fleet's Deployment as last seen."""
+        return self.deployments.cache.get(f"{self.namespace}/{fleet}")
+
+    def watch(self, fleet: str) -> FleetWatch:
+        """A new watcher of one fleet."""
+        watch = FleetWatch(self, fleet)
+        self._watches.setdefault(fleet, []).append(watch)
+        return watch
+
+    def unwatch(self, watch: FleetWatch) -> None:
+        """Forget a watcher."""
+        watches = self._watches.get(watch.fleet, [])
+        if watch in watches:
+            watches.remove(watch)
+
+    # -- what is shown to watchers
+
+    def snapshot(self, fleet: str) -> Snapshot:
+        """Everything of one fleet, and all nodes. Costs what there is."""
+        seen = [each for each in self.pods.cache.values() if each.metadata.labels.get(naming.FLEET) == fleet]
+        nodes = (node_of(each, lost=each.metadata.name in self._lost) for each in self._nodes.cache.values())
+        return Snapshot(tuple(self.shown(each, fleet) for each in seen), tuple(nodes))
+
+    def shown(self, pod: Pod, fleet: str) -> Instance:
+        """One pod as an instance."""
+        return instance_of(pod, fleet, lost=pod.spec.node_name in self._lost)
+
+    # -- the loops
+
+    async def _follow_pods(self) -> None:
+        async with aclosing(self.pods.events()) as events:
+            async for event in events:
+                for pod in event.objects if isinstance(event, Listed) else (event.object,):
+                    for watch in self._watches.get(pod.metadata.labels.get(naming.FLEET, ""), ()):
+                        watch.touch(pod.metadata.name)
+
+    async def _follow_deployments(self) -> None:
+        async with aclosing(self.deployments.events()) as events:
+            async for event in events:
+                for each in event.objects if isinstance(event, Listed) else (event.object,):
+                    for watch in self._watches.get(each.metadata.name, ()):
+                        watch.reorder()
+
+    async def _follow_nodes(self) -> None:
+        async with aclosing(self._nodes.events()) as events:
+            async for event in events:
+                if (
+                    isinstance(event, Put)
+                    and event.before is not None
+                    and node_of(event.object) == node_of(event.before)
+                ):
+                    continue  # only its status report moved
+                self._resnap()
+
+    async def _follow_beats(self) -> None:
+        async with aclosing(self._leases.events()) as events:
+            async for event in events:
+                now = anyio.current_time()
+                if isinstance(event, Listed):
+                    self._beats |= dict.fromkeys((each.metadata.name for each in event.objects), now)
+                elif isinstance(event, Put):
+                    self._beats[event.object.metadata.name] = now
+                else:
+                    self._beats.pop(event.object.metadata.name, None)
+
+    async def _look(self) -> None:
+        while True:
+            await anyio.sleep(_LOOK)
+            lost = self._silent_nodes(anyio.current_time())
+            if lost != self._lost:
+                self._lost = lost
+                self._resnap()
+
+    def _silent_nodes(self, now: float) -> frozenset[str]:
+        if self._leases.error is not None or self._leases.staleness > self._node_grace:
+            return self._lost
+        silent = frozenset(name for name, at in self._beats.items() if now - at > self._node_grace)
+        return self._lost if len(silent) > max(1, math.floor(_BLIND_SHARE * len(self._beats))) else silent
+
+    def _resnap(self) -> None:
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.renew()
+
+
+class FleetWatch:
+    """One watcher of one fleet: an async iterator of observations."""
+
+    def __init__(self, sight: Sight, fleet: str) -> None:
+        self.fleet = fleet
+        self._sight = sight
+        self._touched: dict[str, None] = {}
+        self._told: dict[str, str] = {}
+        """Uid of each pod that was shown, by name."""
+        self._ordered: Ordered | None = None
+        self._whole = True
+        self._closed = False
+        self._moved = anyio.Event()
+
+    def touch(self, name: str) -> None:
+        """Say that a pod changed."""
+        self._touched[name] = None
+        self._moved.set()
+
+    def reorder(self) -> None:
+        """Say that the Deployment changed."""
+        self._moved.set()
+
+    def renew(self) -> None:
+        """Say that everything should be looked at anew."""
+        self._whole = True
+        self._moved.set()
+
+    def close(self) -> None:
+        """End the watch."""
+        self._closed = True
+        self._moved.set()
+
+    async def run(self) -> AsyncIterator[Observation]:
+        """What is seen, from now on."""
+        sight = self._sight
+        try:
+            await sight.wait_synced()
+            while not self._closed:
+                self._moved = anyio.Event()
+                now = ordered_of(sight.deployment(self.fleet))
+                if now != self._ordered:
+                    self._ordered = now
+                    yield now
+                if self._whole:
+                    yield self._everything()
+                while self._touched and not self._whole:
+                    name = next(iter(self._touched))
+                    del self._touched[name]
+                    for seen in self._look_at(name):
+                        yield seen
+                if not self._touched and not self._whole:
+                    await self._moved.wait()
+        except TimeoutError as error:
+            raise BackendUnavailable(f"fleet {self.fleet}: the API server showed nothing in time") from error
+        finally:
+            sight.unwatch(self)
+
+    def _everything(self) -> Snapshot:
+        self._whole = False
+        self._touched.clear()
+        seen = self._sight.snapshot(self.fleet)
+        pods = ((each.id, self._sight.pod(each.id)) for each in seen.instances)
+        self._told = {id: pod.metadata.uid for id, pod in pods if pod is not None}
+        return seen
+
+    def _look_at(self, name: str) -> list[Observation]:
+        pod = self._sight.pod(name)
+        known = self._told.pop(name, None)
+        gone: list[Observation] = [] if known is None else [Removed(name)]
+        if pod is None:
+            return gone
+        self._told[name] = pod.metadata.uid
+        shown = Changed(self._sight.shown(pod, self.fleet))
+        return [shown] if known in (None, pod.metadata.uid) else [*gone, shown]
