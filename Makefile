@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --without-pip $(VENV)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cli,jsonschema]' --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cli,jsonschema,kubernetes]' --group dev
 	@touch $@
 
 demo: $(STAMP)  ## A real fleet lives, is hurt and heals before your eyes (under two minutes)

@@ -1,7 +1,7 @@
 """How fast a lease changes hands on a real API server, what an old leader still writes, and what leading costs.
 
-Run: `python -m benchmarks lease`, or `python -m benchmarks.bench_lease [ROUNDS]` (10 by default). The processes are those
-of `tests/kube/test_lease_processes.py`: two managers that write a register as fast as they can, as long as they lead.
+Run: `python -m benchmarks lease`, or `python -m benchmarks.bench_lease [ROUNDS]` (10 by default). The processes are
+those of `tests/kube/test_lease_processes.py`: two managers that write a register as fast as they can while they lead.
 """
 
 from __future__ import annotations
@@ -41,12 +41,7 @@ def run(rounds: int = ROUNDS) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
             kubeconfig = plane.access.write(place / "kubeconfig")
-            rows = []
-            for name, goal, change in (
-                ("leader killed", "goal: < 10 s", _killed),
-                ("leader leaves", "goal: < 1 s", _leaves),
-            ):
-                rows.append(_changes(plane, kubeconfig, place, name, goal, change, rounds))
+            rows = [_changes(plane, place, case, rounds) for case in CASES]
             rows.append(_paused(plane, kubeconfig, place))
             rows.append(anyio.run(_cost, plane, kubeconfig))
             return rows
@@ -62,19 +57,15 @@ def _leaves(leader: Manager) -> float:
     return leader.signal(signal.SIGTERM)
 
 
-def _changes(
-    plane: ControlPlane,
-    kubeconfig: Path,
-    place: Path,
-    name: str,
-    goal: str,
-    change: Callable[[Manager], float],
-    rounds: int,
-) -> Row:
+CASES = (("leader killed", "goal: < 10 s", _killed), ("leader leaves", "goal: < 1 s", _leaves))
+
+
+def _changes(plane: ControlPlane, place: Path, case: tuple[str, str, Callable[[Manager], float]], rounds: int) -> Row:
     """From the signal to the next leader's first accepted write, at random moments of the lease."""
+    name, goal, change = case
     register = name.replace(" ", "-")
     make_register(plane, register)
-    election, rng, spans = Election(kubeconfig, register, place), random.Random(7), []
+    election, rng, spans = Election(plane.access.write(place / register), register, place), random.Random(7), []
     try:
         leader, other = election.pair()
         for _ in range(rounds):
@@ -136,7 +127,8 @@ async def _cost(plane: ControlPlane, kubeconfig: Path) -> Row:
         spent = time.monotonic() - at
         writes, reads = (leading.traffic.calls - before[0]) / spent, (waiting.traffic.calls - before[1]) / spent
         cores, own = (used() - before[2]) / spent, (time.process_time() - before[3]) / spent
-        note = f"{writes:.0f} writes/s, {reads:.0f} reads/s; API server and etcd {cores:.2f} cores, both managers {own:.2f}"
+        calls = f"{writes:.0f} writes/s, {reads:.0f} reads/s"
+        note = f"{calls}; API server and etcd {cores:.2f} cores, both managers {own:.2f}"
     return {"name": "leading and waiting", "size": FLEETS, "seconds": None, "per_item": None, "note": note}
 
 

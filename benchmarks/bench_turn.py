@@ -23,10 +23,10 @@ from agentfleet.events import Event
 from agentfleet.instances import HealthState, Instance, Phase
 from agentfleet.observer import Observer
 from agentfleet.recovery import Recovery
+from agentfleet.sizing import Sizing
 from agentfleet.specs import AgentTemplate, FleetSpec, HealthPolicy, HttpCheck
 from agentfleet.state import first_state
 from agentfleet.stores.memory_journal import MemoryJournal
-from agentfleet.sizing import Sizing
 from agentfleet.turn import Turn
 from agentfleet.view import FleetView
 

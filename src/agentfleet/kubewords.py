@@ -145,14 +145,16 @@ def _json(value: Mapping[str, Any]) -> Mapping[str, Any]:
             )
         if isinstance(item, Mapping):
             for key in item:
-                if not isinstance(key, str):
+                if not _is_text(key):
                     raise PydanticCustomError(
                         "json", "{at}: keys must be words, not {key}", {"at": place or "(top)", "key": show(key)}
                     )
             return FrozenDict({k: freeze(v, f"{place}.{k[:80]}".lstrip("."), depth + 1) for k, v in item.items()})
         if isinstance(item, list | tuple):
             return tuple(freeze(each, f"{place}.{n}".lstrip("."), depth + 1) for n, each in enumerate(item))
-        if item is None or isinstance(item, str | bool | int) or (isinstance(item, float) and math.isfinite(item)):
+        if item is None or isinstance(item, bool | int) or _is_text(item):
+            return item
+        if isinstance(item, float) and math.isfinite(item):
             return item
         raise PydanticCustomError(
             "json", "{at}: {value} is no JSON value", {"at": place or "(top)", "value": show(item)}
@@ -160,6 +162,14 @@ def _json(value: Mapping[str, Any]) -> Mapping[str, Any]:
 
     frozen: Mapping[str, Any] = freeze(value, "", 0)
     return frozen
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string that UTF-8 can write, which half of a surrogate pair is not."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 LabelName = Annotated[str, AfterValidator(_label_name)]

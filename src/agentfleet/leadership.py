@@ -142,7 +142,8 @@ class Term:
     def writing(self, timeout: float, *, least: float = 0.1) -> Iterator[float]:
         """Around one write: checks, cuts it off at `deadline`, and remembers one whose fate is not known.
 
-        The lease is not given up before such a write can no longer arrive.
+        A cancellation waits for its answer, so that its fate is known. The lease is not given up before a write that
+        got no answer can no longer arrive.
 
         Raises:
             NotLeader: Likewise; nothing was sent.
@@ -153,7 +154,7 @@ class Term:
         self._sent = {each: until for each, until in self._sent.items() if until > now}
         self._sent[key] = now + deadline
         try:
-            with anyio.fail_after(deadline):
+            with anyio.fail_after(deadline, shield=True):
                 yield deadline
         except TimeoutError as error:
             if isinstance(error, DeadlineExceeded):

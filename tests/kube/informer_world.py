@@ -1,4 +1,4 @@
-"""What the tests of the connection and the informer share: a server that says what it is told, and a proxy that fails."""
+"""What the tests of connection and informer share: a server that says what it is told, and a proxy that fails."""
 
 from __future__ import annotations
 
@@ -78,8 +78,10 @@ async def scripted(
     """Serve while the context lasts."""
     script = Scripted(answer)
     tasks: set[asyncio.Task[None]] = set()
+    writers: list[asyncio.StreamWriter] = []
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
         task = asyncio.ensure_future(script.serve(reader, writer))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
@@ -93,6 +95,9 @@ async def scripted(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:  # also of a task that was cancelled before it began
+            writer.transport.abort()
+        await asyncio.sleep(0)
         await server.wait_closed()
 
 
@@ -121,7 +126,13 @@ def write_config(folder: Path, server: str, user: dict[str, Any] | None = None, 
 
 def connect(config: Path, **options: Any) -> Connection:
     """A connection with small deadlines and a known jitter."""
-    chosen: dict[str, Any] = {"timeout": 10, "read_timeout": 2, "connect_timeout": 2, "rng": random.Random(1), **options}
+    chosen: dict[str, Any] = {
+        "timeout": 10,
+        "read_timeout": 2,
+        "connect_timeout": 2,
+        "rng": random.Random(1),
+        **options,
+    }
     return Connection(KubeConfig(config), **chosen)
 
 
@@ -165,9 +176,7 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers |= {writer, far_writer}
-        await asyncio.gather(
-            self._pump(reader, far_writer, back=False), self._pump(far_reader, writer, back=True)
-        )
+        await asyncio.gather(self._pump(reader, far_writer, back=False), self._pump(far_reader, writer, back=True))
         self._writers -= {writer, far_writer}
 
 
@@ -178,8 +187,10 @@ async def proxied(server: str) -> AsyncIterator[tuple[Proxy, str]]:
     assert parts.port is not None
     proxy = Proxy(0, parts.port)
     tasks: set[asyncio.Task[None]] = set()
+    writers: list[asyncio.StreamWriter] = []
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
         task = asyncio.ensure_future(proxy.serve(reader, writer))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
@@ -194,4 +205,7 @@ async def proxied(server: str) -> AsyncIterator[tuple[Proxy, str]]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:  # also of a task that was cancelled before it began
+            writer.transport.abort()
+        await asyncio.sleep(0)
         await listener.wait_closed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_lines_are_the_same_however_they_are_cut(lines: list[bytes], cuts: list[
     places = sorted({min(cut, len(stream)) for cut in cuts} | {0, len(stream)})
     splitter = LineSplitter()
     found: list[bytes] = []
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in pairwise(places):
         found += splitter.lines(stream[begin:end])
     assert found == [line for line in lines if line]
     assert not splitter.unfinished

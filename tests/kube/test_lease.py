@@ -15,8 +15,9 @@ pytest.importorskip("kubernetes_asyncio")
 from agentfleet.backends.kubernetes.errors import AlreadyExists, Invalid, NotFound
 from agentfleet.backends.kubernetes.lease import KubernetesLeases
 from agentfleet.core.leadership import LeaseRecord
-from agentfleet.errors import BackendUnavailable, Conflict
+from agentfleet.errors import BackendUnavailable, Conflict, DeadlineExceeded
 from agentfleet.leadership import LeaseStore
+from agentfleet.testing import run_virtual
 
 PATH = "/apis/coordination.k8s.io/v1/namespaces/agents/leases"
 LEASE = {
@@ -171,3 +172,46 @@ def test_a_renewal_is_a_change_also_when_the_wall_clock_stands_still() -> None:
     last = "2026-11-05T12:34:56.000007Z"
     anyio.run(lambda: leases(server).update("a", LeaseRecord("me", 3, 7.0, last, "17", "u1"), timeout=1))
     assert server.asked[0]["body"]["spec"]["renewTime"] == "2026-11-05T12:34:56.000008Z"
+
+
+def test_many_leases_share_a_few_connections_and_waiting_counts() -> None:
+    class Slow(Server):
+        under_way = most = 0
+
+        async def request(
+            self,
+            method: str,
+            path: str,
+            *,
+            query: Mapping[str, str | int | bool] | None = None,
+            body: bytes | None = None,
+            content_type: str = "application/json",
+            timeout: float | None = None,
+            idempotent: bool | None = None,
+        ) -> bytes:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            try:
+                await anyio.sleep(1.0)
+            finally:
+                self.under_way -= 1
+            return json.dumps(LEASE).encode()
+
+    async def main() -> None:
+        server, late, served = Slow(), [], []
+        store = leases(server)
+
+        async def ask(number: int) -> None:
+            try:
+                served.append(await store.get(f"f{number}", timeout=2.5))
+            except DeadlineExceeded:
+                late.append(anyio.current_time())
+
+        async with anyio.create_task_group() as group:
+            for number in range(20):
+                group.start_soon(ask, number)
+        assert server.most == 8
+        assert len(served) == 16
+        assert late == [2.5] * 4
+
+    run_virtual(main)

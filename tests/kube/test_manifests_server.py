@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import anyio
@@ -16,14 +15,10 @@ from agentfleet.backends.kubernetes import apply
 from agentfleet.backends.kubernetes.apiversions import ApiVersions
 from agentfleet.backends.kubernetes.manifests import Configuration, render
 from agentfleet.specs import FleetSpec
-from agentfleet.testing.kube import ApiRefused, AssetsMissing, Client, ControlPlane, find_assets
+from agentfleet.testing.kube import ApiRefused, Client, ControlPlane
 
 if not EXAMPLES.exists():
     pytest.skip("no examples here: these are the tests of a wheel", allow_module_level=True)
-try:
-    find_assets()
-except AssetsMissing as error:
-    pytest.skip(str(error), allow_module_level=True)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 NAMESPACE = "ai-agents"
@@ -59,7 +54,9 @@ template:
       - {name: modes, path: /modes, config_map: modes}
       - {name: cache, path: /cache, empty: {size: 1Gi, in_memory: true}}
       - {name: data, path: /data, claim: data, sub_path: agents}
-      - {name: pod, path: /pod, source: {downwardAPI: {items: [{path: labels, fieldRef: {fieldPath: metadata.labels}}]}}}
+      - name: pod
+        path: /pod
+        source: {downwardAPI: {items: [{path: labels, fieldRef: {fieldPath: metadata.labels}}]}}
     liveness: {path: /health, period: 20s, failures: 6}
     readiness_gate: true
     pre_stop: {sleep: 5s}
@@ -78,7 +75,8 @@ template:
     affinity:
       podAntiAffinity:
         preferredDuringSchedulingIgnoredDuringExecution:
-          - {weight: 1, podAffinityTerm: {topologyKey: kubernetes.io/hostname, labelSelector: {matchLabels: {team: red}}}}
+          - weight: 1
+            podAffinityTerm: {topologyKey: kubernetes.io/hostname, labelSelector: {matchLabels: {team: red}}}
     security: {user: 1000, group: 1000, volume_group: 2000, tmp_size: 64Mi}
     service: {kind: Headless, port: 80, annotations: {example.com/route: agents}}
     config: {files: {prompt.txt: be kind}}
@@ -114,16 +112,11 @@ scaling:
 """
 
 
-@pytest.fixture(scope="module")
-def plane() -> Iterator[ControlPlane]:
-    """A control plane with the examples' namespace, account and permissions, given to it by server-side apply."""
-    plane = ControlPlane()
-    anyio.run(plane.start)
-    try:
-        anyio.run(_grant, plane)
-        yield plane
-    finally:
-        anyio.run(plane.stop)
+@pytest.fixture(scope="module", name="plane")
+def granted(plane: ControlPlane) -> ControlPlane:
+    """The control plane with the examples' namespace, account and permissions, given to it by server-side apply."""
+    anyio.run(_grant, plane)
+    return plane
 
 
 async def _grant(plane: ControlPlane) -> None:
@@ -205,7 +198,8 @@ def test_a_fleet_is_applied_again_without_a_change_and_deleted_whole(plane: Cont
         client = await _manager(plane)
         api = await _versions(client)
         spec = FleetSpec.from_yaml(EVERYTHING)
-        first, again = [], []
+        first: list[tuple[str, str, int | None]] = []
+        again: list[tuple[str, str, int | None]] = []
         for versions in (first, again):
             for manifest in render(spec, api, namespace=NAMESPACE).objects:
                 stored = await _send(client, apply.apply(manifest))

@@ -22,7 +22,8 @@ A backend observes and acts; it decides nothing. One conformance suite (`tests/c
 There are two kinds. A `Backend` makes each instance that it is told to. A `WorkloadBackend` is told what a whole fleet
 should be, as a Kubernetes Deployment is, and keeps size and revision by itself; for it these clauses read otherwise:
 
-1. Ids are its own; an instance comes with `slot=NO_SLOT`. `apply` may be repeated: it says what should be, not what to do.
+1. Ids are its own; an instance comes with `slot=NO_SLOT`. `apply` may be repeated: it says what should be, not what
+   to do.
 2. `watch` also yields `Ordered`, at first and whenever it changes: what the engine has been told, and by whom.
 5. `restart` may end the instance and let another take its place.
 6. The engine fills the places of instances that are gone, and may restart by itself what has exited.

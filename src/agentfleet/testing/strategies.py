@@ -65,7 +65,9 @@ def templates() -> st.SearchStrategy[AgentTemplate]:
         command=st.lists(texts(), min_size=1, max_size=4).map(tuple),
         version=texts(),
         env=st.dictionaries(
-            texts(8, without="="), st.text(st.characters(exclude_characters="\0"), max_size=8), max_size=3
+            texts(8, without="="),
+            st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8),
+            max_size=3,
         ),
         cpu=st.none() | st.integers(1, 8000).map(lambda milli: milli / 1000),
         memory=st.none() | st.integers(1, 64).map(lambda count: count * 2**26),

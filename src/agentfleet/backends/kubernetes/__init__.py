@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from agentfleet.errors import MissingExtra
 
 if TYPE_CHECKING:
+    from agentfleet.backends.kubernetes.backend import KubernetesBackend
     from agentfleet.backends.kubernetes.connection import (
         APPLY,
         JSON,
@@ -65,6 +66,7 @@ _HOMES = {
         "Unauthenticated",
         "Unreachable",
     ),
+    "backend": ("KubernetesBackend",),
     "informer": ("Informer",),
     "informer_cache": ("Changed", "Removed", "Snapshot"),
     "informer_metrics": ("InformerMetrics",),
@@ -100,6 +102,7 @@ __all__ = [
     "InformerMetrics",
     "Invalid",
     "KubeConfig",
+    "KubernetesBackend",
     "Lease",
     "Meta",
     "Node",

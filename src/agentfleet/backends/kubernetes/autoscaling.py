@@ -138,12 +138,14 @@ def _quantity(rendering: Rendering, place: str, value: float) -> str:
     exact = Decimal(repr(float(value)))
     if exact > _MOST:
         rendering.wrong(place, f"{value:g} is more than an HPA can count ({_MOST:.3g}); choose a larger unit")
-    if exact == exact.to_integral_value():
-        return f"{int(exact)}"
     milli = int((exact * 1000).to_integral_value(ROUND_CEILING))
     if milli != exact * 1000:
         rendering.note(f"{place}: an HPA counts thousandths: {value:g} becomes {milli / 1000:g}.")
-    return f"{milli // 1000}" if milli % 1000 == 0 else f"{milli}m"
+    for unit in ("m", "", "k", "M", "G", "T"):  # the largest that is exact: the form that the server gives back
+        if milli % 1000:
+            return f"{milli}{unit}"
+        milli //= 1000
+    return f"{milli}P"
 
 
 # ------------------------------------------------------------------------------------------------ behaviour

@@ -17,15 +17,16 @@ from typing import Any, Self
 import anyio
 import msgspec
 
-from agentfleet.backends.base import Observation, Workload
+from agentfleet.backends.base import Observation, Ordered, Workload
 from agentfleet.backends.kubernetes import apply as requests
 from agentfleet.backends.kubernetes import naming
 from agentfleet.backends.kubernetes.apiversions import ApiVersions
 from agentfleet.backends.kubernetes.connection import MERGE_PATCH, Connection
 from agentfleet.backends.kubernetes.errors import NotFound
 from agentfleet.backends.kubernetes.manifests import render
-from agentfleet.backends.kubernetes.objects import Pod
-from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, POD_METRICS, PODS, decode
+from agentfleet.backends.kubernetes.objects import Meta, Pod
+from agentfleet.backends.kubernetes.pods import Written
+from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, POD_METRICS, PODS, decode, version_of
 from agentfleet.backends.kubernetes.sight import Sight
 from agentfleet.errors import BackendUnavailable, Conflict, InstanceGone
 from agentfleet.instances import Usage
@@ -42,6 +43,12 @@ class _Object(msgspec.Struct):
     """As much of any object as it takes to delete it."""
 
     metadata: dict[str, Any]
+
+
+class _Written(msgspec.Struct):
+    """The answer to a write."""
+
+    metadata: Meta
 
 
 class _Objects(msgspec.Struct):
@@ -140,16 +147,20 @@ class KubernetesBackend:
             BackendError: As `Connection.request`.
         """
         said = _Said(workload.spec, workload.revision, workload.template, workload.paused)
+        fleet, ordered = workload.fleet, Ordered(workload.replicas, workload.revision, workload.paused)
         if workload.expendable:
             await self._mark(workload.expendable)
-        if self._said.get(workload.fleet) == said:
-            await self._scale(workload.fleet, workload.replicas)
-            return
-        self._said.pop(workload.fleet, None)
-        await self._say(workload)
-        self._said[workload.fleet] = said
+        with self._seen.writing(fleet):
+            if self._said.get(fleet) == said:
+                version = await self._scale(fleet, workload.replicas)
+            else:
+                self._said.pop(fleet, None)
+                version = await self._say(workload)
+            self._said[fleet] = said
+            self._seen.wrote(fleet, Written(ordered, version))
 
-    async def _say(self, workload: Workload) -> None:
+    async def _say(self, workload: Workload) -> int:
+        """Apply all objects; returns the resource version of the Deployment."""
         spec = workload.spec.replace(template=workload.template)
         deployment = self._seen.deployment(workload.fleet)
         manifests = render(
@@ -161,12 +172,16 @@ class KubernetesBackend:
             revision=workload.revision,
             owner=None if deployment is None else deployment.metadata.uid,
         )
+        version = 0
         for manifest in manifests.objects:
-            await self._send(requests.apply(manifest))
+            answer = await self._send(requests.apply(manifest))
+            if manifest["kind"] == "Deployment":
+                version = _version(answer)
+        return version
 
-    async def _scale(self, fleet: str, replicas: int) -> None:
+    async def _scale(self, fleet: str, replicas: int) -> int:
         path = DEPLOYMENTS.path(self._namespace, fleet, "scale")
-        await self._merge(path, {"spec": {"replicas": replicas}})
+        return _version(await self._merge(path, {"spec": {"replicas": replicas}}))
 
     async def _mark(self, names: Sequence[str]) -> None:
         """Have the ReplicaSet take these first.
@@ -200,6 +215,7 @@ class KubernetesBackend:
         assert self._api is not None, "open"
         assert self._namespace is not None, "open"
         self._said.pop(fleet, None)
+        self._seen.wrote(fleet, None)
         read = msgspec.json.Decoder(_Objects).decode
         for kind, request in requests.kept_collections(self._api, self._namespace, fleet).items():
             found = decode(read, await self._send(request), f"list {kind}")
@@ -295,3 +311,8 @@ class KubernetesBackend:
             body=json.dumps(patch).encode(),
             content_type=MERGE_PATCH,
         )
+
+
+def _version(answer: bytes) -> int:
+    """The resource version that a write has made."""
+    return version_of(decode(msgspec.json.Decoder(_Written).decode, answer, "the answer to a write").metadata) or 0

@@ -37,7 +37,7 @@ from agentfleet.backends.kubernetes.connection import Requests
 from agentfleet.backends.kubernetes.errors import Expired, error_of_status
 from agentfleet.backends.kubernetes.informer_cache import Changed, ObjectCache, Removed, Snapshot, key_of
 from agentfleet.backends.kubernetes.informer_metrics import InformerMetrics
-from agentfleet.backends.kubernetes.informer_queue import Unread
+from agentfleet.backends.kubernetes.informer_queue import Closed, Unread
 from agentfleet.backends.kubernetes.objects import KubeObject
 from agentfleet.backends.kubernetes.resources import Resource, decode, selector
 from agentfleet.backends.kubernetes.retry import Backoff
@@ -60,7 +60,7 @@ from agentfleet.errors import (
     SpecError,
 )
 
-__all__ = ["Informer", "InformerMetrics"]
+__all__ = ["Informer"]
 
 ObjectT = TypeVar("ObjectT", bound=KubeObject)
 
@@ -245,7 +245,7 @@ class Informer(Generic[ObjectT]):
             yield Snapshot(tuple(self._cache.objects.values()))
             while (change := await unread.next()) is not None:
                 yield change
-        except _Closed:
+        except Closed:
             return
         finally:
             self._readers.discard(unread)
@@ -356,13 +356,10 @@ class Informer(Generic[ObjectT]):
         """Take in one event."""
         event = self._read_event(line)
         match event:
-            case Added() | Modified():
+            case Added() | Modified() | Deleted():
                 self.metrics.events += 1
-                self._tell(self._cache.put(event.object))
-                self._seen(event.object.metadata.resource_version)
-            case Deleted():
-                self.metrics.events += 1
-                self._tell(self._cache.remove(event.object))
+                change = self._cache.remove if isinstance(event, Deleted) else self._cache.put
+                self._tell(change(event.object))
                 self._seen(event.object.metadata.resource_version)
             case Bookmark():
                 self.metrics.bookmarks += 1
@@ -390,7 +387,7 @@ class Informer(Generic[ObjectT]):
 
     async def _wait(self) -> None:
         if self._closed:
-            raise _Closed(f"the informer of {self._path} is closed")
+            raise Closed(f"the informer of {self._path} is closed")
         self._waiting += 1
         try:
             await self._moved.wait()
@@ -399,7 +396,3 @@ class Informer(Generic[ObjectT]):
 
     def _because(self) -> str:
         return "" if self._error is None else f"; at last: {self._error}"
-
-
-class _Closed(BackendUnavailable):
-    """Nothing will come any more."""

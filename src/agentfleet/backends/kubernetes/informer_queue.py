@@ -9,10 +9,15 @@ import anyio
 
 from agentfleet.backends.kubernetes.informer_cache import Changed, Removed
 from agentfleet.backends.kubernetes.objects import KubeObject
+from agentfleet.errors import BackendUnavailable
 
-__all__ = ["Unread"]
+__all__ = ["Closed", "Unread"]
 
 ObjectT = TypeVar("ObjectT", bound=KubeObject)
+
+
+class Closed(BackendUnavailable):
+    """The informer was closed: nothing will come any more."""
 
 
 class Unread(Generic[ObjectT]):

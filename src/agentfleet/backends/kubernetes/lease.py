@@ -14,10 +14,12 @@ from math import ceil
 from typing import Any, Protocol
 from urllib.parse import quote
 
+import anyio
+
 from agentfleet.backends.kubernetes.connection import JSON, MERGE_PATCH
 from agentfleet.backends.kubernetes.errors import AlreadyExists, Invalid
 from agentfleet.core.leadership import LeaseRecord
-from agentfleet.errors import BackendUnavailable, Conflict, InstanceGone
+from agentfleet.errors import BackendUnavailable, Conflict, DeadlineExceeded, InstanceGone
 
 
 class Requests(Protocol):
@@ -46,6 +48,8 @@ class KubernetesLeases:
             must not wait its turn behind a thousand other calls.
         namespace: Where they are.
         prefix: Put before each name, so that a fleet's lease is not one that the agents use among themselves.
+        at_once: Calls under way at the same time. A hundred leases that come due together share a few connections: one
+            for each would cost a hundred TLS handshakes, and again after each that was cut off.
         wall: The present date for people to read in `renewTime`; nothing is decided by it.
     """
 
@@ -55,17 +59,19 @@ class KubernetesLeases:
         namespace: str,
         *,
         prefix: str = "agentfleet-",
+        at_once: int = 8,
         wall: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._connection = connection
         self._collection = f"/apis/coordination.k8s.io/v1/namespaces/{quote(namespace, safe='')}/leases"
         self._prefix = prefix
         self._wall = wall
+        self._places = anyio.Semaphore(at_once)
 
     async def get(self, name: str, *, timeout: float) -> LeaseRecord | None:
         """The lease as the API server's storage has it now, None if there is none."""
         try:
-            return _record(await self._connection.request("GET", self._path(name), timeout=timeout))
+            return _record(await self._ask("GET", self._path(name), timeout=timeout))
         except InstanceGone:
             return None
 
@@ -78,11 +84,8 @@ class KubernetesLeases:
             "metadata": {"name": self._prefix + name, "labels": {"app.kubernetes.io/managed-by": "agentfleet"}},
             "spec": _spec(record) | {"acquireTime": stamp, "renewTime": stamp},
         }
-        body = json.dumps(lease).encode()
         try:
-            answer = await self._connection.request(
-                "POST", self._collection, body=body, timeout=timeout, idempotent=False
-            )
+            answer = await self._ask("POST", self._collection, lease, timeout=timeout)
         except AlreadyExists as error:
             raise Conflict(f"there is a lease {self._prefix}{name}: another was first") from error
         return _record(answer)
@@ -94,20 +97,30 @@ class KubernetesLeases:
         if record.taken:
             spec["acquireTime"] = stamp
         patch = {"metadata": {"resourceVersion": record.version, "uid": record.uid}, "spec": spec}
-        body = json.dumps(patch).encode()
         try:
-            answer = await self._connection.request(
-                "PATCH", self._path(name), body=body, content_type=MERGE_PATCH, timeout=timeout, idempotent=False
-            )
+            answer = await self._ask("PATCH", self._path(name), patch, timeout=timeout)
         except InstanceGone as error:
             raise Conflict(f"the lease {self._prefix}{name} was deleted") from error
         except Invalid as error:
-            if "metadata.uid" not in error.fields:
+            if "metadata.uid" not in error.fields:  # so the server says that it is another object
                 raise
-            raise Conflict(
-                f"the lease {self._prefix}{name} was deleted and made again"
-            ) from error  # so the server says it
+            raise Conflict(f"the lease {self._prefix}{name} was deleted and made again") from error
         return _record(answer)
+
+    async def _ask(self, method: str, path: str, body: object = None, *, timeout: float) -> bytes:
+        """One call within its deadline, the wait for a place included; not repeated if that could hide its effect."""
+        with anyio.move_on_after(timeout) as scope:
+            async with self._places:
+                return await self._connection.request(
+                    method,
+                    path,
+                    body=None if body is None else json.dumps(body).encode(),
+                    content_type=MERGE_PATCH if method == "PATCH" else JSON,
+                    timeout=timeout,
+                    idempotent=method == "GET",
+                )
+        assert scope.cancelled_caught
+        raise DeadlineExceeded(f"{method} {path}: no answer within {timeout:g} s")
 
     def _path(self, name: str) -> str:
         return f"{self._collection}/{quote(self._prefix + name, safe='')}"

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from agentfleet.backends.base import Ordered
 from agentfleet.backends.kubernetes import naming
 from agentfleet.backends.kubernetes.objects import ContainerStatus, Deployment, Pod
 from agentfleet.backends.kubernetes.objects import Node as KubeNode
+from agentfleet.backends.kubernetes.resources import version_of
 from agentfleet.instances import NO_SLOT, Instance, Node, Phase
 
 _HOPELESS = ("CrashLoopBackOff",)
 """Why a container waits that has run and has ended; all other reasons are those of one that was never started."""
 _CLUSTER = frozenset(("kube-controller-manager", "kube-scheduler", "kubelet"))
 """Writers that only keep what others have told them."""
+
+
+SOMEBODY = "somebody else"
+"""Who wrote what the server does not say the writer of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What we told a Deployment, and the resource version that this made."""
+
+    ordered: Ordered
+    version: int
 
 
 def instance_of(pod: Pod, fleet: str, *, lost: bool = False) -> Instance:
@@ -54,18 +68,28 @@ def node_of(node: KubeNode, *, lost: bool = False) -> Node:
     )
 
 
-def ordered_of(deployment: Deployment | None) -> Ordered:
-    """What a Deployment has been told to keep, and by whom if it was not us."""
+def ordered_of(deployment: Deployment | None, ours: Written | None = None) -> Ordered:
+    """What a Deployment has been told to keep, and by whom if it was not us.
+
+    Args:
+        deployment: The Deployment; None when there is none.
+        ours: What we told it last, if we did since we began. Servers before 1.22 do not say who has used the scale
+            subresource: what differs from our own last word, and is newer, was said by somebody else.
+    """
     if deployment is None or deployment.metadata.deletion_timestamp is not None:
         return Ordered(0)
     spec = deployment.spec
     writer = _last_writer(deployment)
-    return Ordered(
+    seen = Ordered(
         replicas=1 if spec.replicas is None else spec.replicas,
         revision=_number(spec.template.metadata.labels.get(naming.REVISION)),
         paused=spec.paused,
-        by=None if writer in (naming.MANAGER, None) else writer,
     )
+    if ours is None:
+        return replace(seen, by=None if writer in (naming.MANAGER, None) else writer)
+    if seen == ours.ordered or (version_of(deployment.metadata) or 0) <= ours.version:
+        return seen
+    return replace(seen, by=SOMEBODY if writer in (naming.MANAGER, None) else writer)
 
 
 def _last_writer(deployment: Deployment) -> str | None:

@@ -98,7 +98,7 @@ class Rendering:
 
 def literal(word: str) -> str:
     """A word in which a kubelet finds no "$(NAME)" to expand (`k8s.io/…/forked/golang/expansion`)."""
-    return re.sub(r"\$(?=[$(])", "$$$$", word)
+    return re.sub(r"\$(?=[$(])", "$$", word)
 
 
 def written_cpu(cores: float) -> str:

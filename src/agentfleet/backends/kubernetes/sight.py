@@ -11,8 +11,8 @@ heartbeats' own watch is silent, it is our sight that is lost, and nothing is sa
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -26,7 +26,7 @@ from agentfleet.backends.kubernetes.informer import Informer
 from agentfleet.backends.kubernetes.informer_cache import Changed as Put
 from agentfleet.backends.kubernetes.informer_cache import Snapshot as Listed
 from agentfleet.backends.kubernetes.objects import Deployment, Lease, Node, Pod
-from agentfleet.backends.kubernetes.pods import instance_of, node_of, ordered_of
+from agentfleet.backends.kubernetes.pods import Written, instance_of, node_of, ordered_of
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, LEASES, NODES, PODS
 from agentfleet.errors import BackendUnavailable
 from agentfleet.instances import Instance
@@ -58,6 +58,8 @@ class Sight:
         self._beats: dict[str, float] = {}
         self._lost: frozenset[str] = frozenset()
         self._watches: dict[str, list[FleetWatch]] = {}
+        self._written: dict[str, Written] = {}
+        self._writing: dict[str, int] = {}
         self._stack = AsyncExitStack()
         self._tasks: TaskGroup | None = None
 
@@ -100,6 +102,27 @@ class Sight:
         """A fleet's Deployment as last seen."""
         return self.deployments.cache.get(f"{self.namespace}/{fleet}")
 
+    @contextmanager
+    def writing(self, fleet: str) -> Iterator[None]:
+        """While we write a fleet's Deployment nobody is told of it: what is seen may be our own word, half said."""
+        self._writing[fleet] = self._writing.get(fleet, 0) + 1
+        try:
+            yield
+        finally:
+            self._writing[fleet] -= 1
+            self._reorder(fleet)
+
+    def wrote(self, fleet: str, written: Written | None) -> None:
+        """Note what we told a Deployment; None: it is to be forgotten."""
+        if written is None:
+            self._written.pop(fleet, None)
+        else:
+            self._written[fleet] = written
+
+    def ordered(self, fleet: str) -> Ordered | None:
+        """What a fleet's Deployment has been told; None while we are telling it."""
+        return None if self._writing.get(fleet) else ordered_of(self.deployment(fleet), self._written.get(fleet))
+
     def watch(self, fleet: str) -> FleetWatch:
         """A new watcher of one fleet."""
         watch = FleetWatch(self, fleet)
@@ -137,8 +160,7 @@ class Sight:
         async with aclosing(self.deployments.events()) as events:
             async for event in events:
                 for each in event.objects if isinstance(event, Listed) else (event.object,):
-                    for watch in self._watches.get(each.metadata.name, ()):
-                        watch.reorder()
+                    self._reorder(each.metadata.name)
 
     async def _follow_nodes(self) -> None:
         async with aclosing(self._nodes.events()) as events:
@@ -175,6 +197,10 @@ class Sight:
             return self._lost
         silent = frozenset(name for name, at in self._beats.items() if now - at > self._node_grace)
         return self._lost if len(silent) > max(1, math.floor(_BLIND_SHARE * len(self._beats))) else silent
+
+    def _reorder(self, fleet: str) -> None:
+        for watch in self._watches.get(fleet, ()):
+            watch.reorder()
 
     def _resnap(self) -> None:
         for watches in self._watches.values():
@@ -222,8 +248,8 @@ class FleetWatch:
             await sight.wait_synced()
             while not self._closed:
                 self._moved = anyio.Event()
-                now = ordered_of(sight.deployment(self.fleet))
-                if now != self._ordered:
+                now = sight.ordered(self.fleet)
+                if now is not None and now != self._ordered:
                     self._ordered = now
                     yield now
                 if self._whole:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from agentfleet.testing.kube.access import Access
     from agentfleet.testing.kube.assets import find_assets
     from agentfleet.testing.kube.behaviour import Behaviour, Timing
+    from agentfleet.testing.kube.certificates import Authority, Certificate
     from agentfleet.testing.kube.client import Client
     from agentfleet.testing.kube.errors import ApiRefused, AssetsMissing, PlaneFailed
     from agentfleet.testing.kube.faults import NodeFaults, PodSeen
@@ -21,44 +22,95 @@ if TYPE_CHECKING:
     from agentfleet.testing.kube.kubeletoptions import KubeletOptions
     from agentfleet.testing.kube.kubeletprocess import KubeletProcess
     from agentfleet.testing.kube.plane import ControlPlane, PlaneOptions
+    from agentfleet.testing.kube.programs import free_ports
     from agentfleet.testing.kube.proxy import FaultProxy
+    from agentfleet.testing.kube.proxyfaults import (
+        Answer,
+        EventFault,
+        Fault,
+        Injection,
+        NoAnswer,
+        Reset,
+        SlowBody,
+        TruncatedBody,
+        drop_event,
+        duplicate_event,
+        expired_event,
+        html_502,
+        status_answer,
+        swap_events,
+    )
 
 _HOME_OF = {
     "Access": "access",
+    "Answer": "proxyfaults",
     "ApiRefused": "errors",
     "AssetsMissing": "errors",
+    "Authority": "certificates",
     "Behaviour": "behaviour",
+    "Certificate": "certificates",
     "Client": "client",
     "ControlPlane": "plane",
+    "EventFault": "proxyfaults",
     "FakeKubelet": "kubelet",
+    "Fault": "proxyfaults",
     "FaultProxy": "proxy",
+    "Injection": "proxyfaults",
     "KubeletOptions": "kubeletoptions",
     "KubeletProcess": "kubeletprocess",
+    "NoAnswer": "proxyfaults",
     "NodeFaults": "faults",
     "PlaneFailed": "errors",
     "PlaneOptions": "plane",
     "PodSeen": "faults",
+    "Reset": "proxyfaults",
+    "SlowBody": "proxyfaults",
     "Timing": "behaviour",
+    "TruncatedBody": "proxyfaults",
+    "drop_event": "proxyfaults",
+    "duplicate_event": "proxyfaults",
+    "expired_event": "proxyfaults",
     "find_assets": "assets",
+    "free_ports": "programs",
+    "html_502": "proxyfaults",
+    "status_answer": "proxyfaults",
+    "swap_events": "proxyfaults",
 }
 
 __all__ = [
     "Access",
+    "Answer",
     "ApiRefused",
     "AssetsMissing",
+    "Authority",
     "Behaviour",
+    "Certificate",
     "Client",
     "ControlPlane",
+    "EventFault",
     "FakeKubelet",
+    "Fault",
     "FaultProxy",
+    "Injection",
     "KubeletOptions",
     "KubeletProcess",
+    "NoAnswer",
     "NodeFaults",
     "PlaneFailed",
     "PlaneOptions",
     "PodSeen",
+    "Reset",
+    "SlowBody",
     "Timing",
+    "TruncatedBody",
+    "drop_event",
+    "duplicate_event",
+    "expired_event",
     "find_assets",
+    "free_ports",
+    "html_502",
+    "status_answer",
+    "swap_events",
 ]
 
 

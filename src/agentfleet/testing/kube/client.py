@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from agentfleet.testing.kube.errors import ApiRefused
 MERGE = "application/merge-patch+json"
 STRATEGIC = "application/strategic-merge-patch+json"
 APPLY = "application/apply-patch+yaml"
+_AGAIN = 0.1
 
 
 class Client:
@@ -49,6 +51,28 @@ class Client:
     async def delete(self, path: str, body: Any = None, *, timeout: float = 10) -> Any:
         """DELETE, with DeleteOptions as body if wanted."""
         return await self.request("DELETE", path, body, timeout=timeout)
+
+    async def wait(self, path: str, holds: Callable[[Any], bool], *, timeout: float = 30) -> Any:
+        """GET again and again until `holds` says so of the answer (None while it is 404); returns that answer.
+
+        Raises:
+            DeadlineExceeded: It did not within `timeout` seconds; the message tells the last answer.
+        """
+        last: Any = None
+        with anyio.move_on_after(timeout):
+            while True:
+                try:
+                    last = await self.get(path)
+                except ApiRefused as error:
+                    if error.status != 404:
+                        raise
+                    last = None
+                if holds(last):
+                    return last
+                await anyio.sleep(_AGAIN)
+        raise DeadlineExceeded(
+            f"GET {path}: not what was waited for after {timeout:g} s; last: {json.dumps(last)[:2000]}"
+        )
 
     async def request(
         self, method: str, path: str, body: Any = None, *, kind: str = "application/json", timeout: float = 10

@@ -123,7 +123,7 @@ class Nodes:
             begun = anyio.current_time()
             while True:
                 for index, node in enumerate(nodes):
-                    await anyio.sleep(begun + period * (index + 1) / len(nodes) - anyio.current_time())
+                    await anyio.sleep(max(0.0, begun + period * (index + 1) / len(nodes) - anyio.current_time()))
                     if not node.gone:
                         tasks.start_soon(act, node)
                 begun = max(begun + period, anyio.current_time() - period)

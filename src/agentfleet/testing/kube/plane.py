@@ -49,7 +49,7 @@ class ControlPlane:
         assets: Path | None = None,
         kubeconfig: Path | None = None,
         context: str | None = None,
-        timeout: float = 90,
+        timeout: float = 120,
     ) -> None:
         self.options = options or PlaneOptions()
         self.programs: Mapping[str, Program] = {}

@@ -71,8 +71,10 @@ class EventFault:
 Fault = Answer | SlowBody | TruncatedBody | NoAnswer | Reset | EventFault
 
 
-def status_answer(status: int, message: str = "injected", *, retry_after: int | None = None, done: bool = False) -> Answer:
-    """An answer as the API server itself would give it: 409, 410, 429 (with Retry-After), 500, 503, …"""
+def status_answer(
+    status: int, message: str = "injected", *, retry_after: int | None = None, done: bool = False
+) -> Answer:
+    """An answer as the API server itself gives it, such as 409, 410, 429 (with Retry-After) or 503."""
     reason = _REASONS.get(status, "Unknown")
     body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "reason": reason}
     headers = {"Content-Type": "application/json"}

@@ -14,7 +14,7 @@ from anyio.abc import ByteStream, SocketAttribute, SocketStream
 _MAX_HEAD = 1 << 17
 
 
-class Broken(Exception):  # noqa: N818 - internal: never leaves the proxy
+class Broken(Exception):
     """A peer left, or did not speak HTTP/1.1."""
 
 
@@ -54,7 +54,7 @@ class FaultyStream(ByteStream):
 
     def reset(self) -> None:
         """Make the close that follows a reset."""
-        raw = self._inner.extra(SocketAttribute.raw_socket)
+        raw = self._inner.extra(SocketAttribute.raw_socket)  # noqa: S610 - anyio's, not Django's
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     @property
