@@ -33,6 +33,8 @@ STEP = 0.1
 SLOWEST, FASTEST = 0.7, 1.4
 PATIENCE = 2 * POLICY.duration / SLOWEST
 """Seconds of calm after which somebody leads: what is silent has been listened to, at worst from the beginning."""
+OLD_REQUESTS = round(2 * POLICY.duration / SLOWEST / STEP)
+"""Steps of calm after which no request from before is under way any more."""
 MODES = ("well", "slow", "hang", "lost", "late", "stale", "unavailable", "conflict")
 
 whom = st.integers(0, 2)
@@ -158,6 +160,8 @@ class Election(RuleBasedStateMachine):
         """Everything works again: in time somebody leads, and goes on leading."""
         for candidate in self.candidates:
             candidate.mode, candidate.stopped = "well", False
+        for _ in range(OLD_REQUESTS):  # a leader may lapse while it waits for answers that were lost before
+            self.step()
         waited = 0.0
         while not any(candidate.may_act for candidate in self.candidates):
             assert waited < PATIENCE

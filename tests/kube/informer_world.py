@@ -176,8 +176,12 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers |= {writer, far_writer}
-        await asyncio.gather(self._pump(reader, far_writer, back=False), self._pump(far_reader, writer, back=True))
-        self._writers -= {writer, far_writer}
+        try:
+            await asyncio.gather(self._pump(reader, far_writer, back=False), self._pump(far_reader, writer, back=True))
+        finally:
+            self._writers -= {writer, far_writer}
+            for each in (writer, far_writer):
+                each.transport.abort()
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.kube.kube_objects import condition, container, deployment, ready
 
-from agentfleet.errors import DeadlineExceeded, InstanceGone, SpecError
+from agentfleet.errors import BackendRefused, DeadlineExceeded, InstanceGone, SpecError
 from agentfleet.signals.http import HttpClient, HttpError
 from agentfleet.testing.kube import (
     Behaviour,
@@ -172,6 +172,7 @@ async def test_a_deleted_pod_works_to_its_end_or_to_that_of_its_grace(world: Wor
     await world.until(finishing, lambda pod: pod is None, timeout=5.9)
     await world.until(endless, lambda pod: pod is None)
     assert await nodes.killed_busy() == [world.full(endless)]
+    assert await nodes.problems() == []
 
 
 # ------------------------------------------------------------------------------------------------ pods fail
@@ -289,3 +290,19 @@ async def test_nodes_outlive_their_api_server(kube_assets: object) -> None:
                 f"/api/v1/namespaces/{namespace}/pods", lambda pods: len(pods["items"]) == 2, timeout=60
             )
             assert len(await nodes.pods()) == 2
+
+
+async def test_whoever_may_not_create_nodes_is_told_so(plane: ControlPlane) -> None:
+    with pytest.raises(BackendRefused, match="refuses node other-0 with 403"):
+        async with FakeKubelet(plane.nobody, KubeletOptions(nodes=3, prefix="other")):
+            pass
+
+
+async def test_an_image_that_arrives_at_last_just_runs(world: World, nodes: FakeKubelet) -> None:
+    await nodes.image("*:late", Behaviour(pull=None))
+    await world.deploy(1, wait=False, image="agent:late")
+    await world.plane.api.wait(world.pods, lambda pods: len(pods["items"]) == 1)
+    (pod,) = await world.named()
+    await world.until(pod, container)
+    await nodes.image("*:late", None)  # possibly before it was backed off
+    await world.until(pod, lambda pod: condition(pod, "Ready")["status"] == "True")

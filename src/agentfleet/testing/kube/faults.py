@@ -100,6 +100,11 @@ class NodeFaults(ABC):
         found: list[str] = await self._do("killed_busy", {})
         return found
 
+    async def problems(self) -> list[str]:
+        """Statuses that the API server refused, the last thousand: there should be none."""
+        found: list[str] = await self._do("problems", {})
+        return found
+
     async def cost(self) -> dict[str, float]:
         """What this kubelet has done: status patches, deletions, lists, and the CPU seconds of its process."""
         found: dict[str, float] = await self._do("cost", {})

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -72,6 +73,7 @@ class FakeKubelet(NodeFaults):
         self._stack = AsyncExitStack()
         self._tasks: TaskGroup | None = None
         self._killed_busy: list[str] = []
+        self._problems: deque[str] = deque(maxlen=1000)
         self._counts = {"patches": 0, "deletions": 0, "events": 0}
 
     def _make_nodes(self) -> list[Node]:
@@ -249,7 +251,7 @@ class FakeKubelet(NodeFaults):
         if answered == 200:
             run.sent = status
         elif answered not in {404, 409}:  # those: it is gone, or another has its name; the watch will tell
-            run.message = f"the status was refused with {answered}: {said[:200]!r}"
+            self._problems.append(f"{run.name}: its status was refused with {answered}: {said[:500]!r}")
 
     async def _delete(self, pod: Pod) -> bool:
         self._counts["deletions"] += 1
@@ -286,6 +288,8 @@ class FakeKubelet(NodeFaults):
     async def _do(self, command: str, arguments: Mapping[str, Any]) -> Any:
         if command == "killed_busy":
             return list(self._killed_busy)
+        if command == "problems":
+            return list(self._problems)
         if command == "cost":
             return {**self._counts, "lists": self._watch.lists, "cpu_seconds": time.process_time()}
         return await carry_out(self, command, json.loads(json.dumps(arguments)))

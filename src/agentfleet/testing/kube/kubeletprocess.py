@@ -7,12 +7,10 @@ import os
 import select
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +24,7 @@ from agentfleet.testing.kube.errors import PlaneFailed
 from agentfleet.testing.kube.faults import NodeFaults
 from agentfleet.testing.kube.kubeletoptions import KubeletOptions
 from agentfleet.testing.kube.programs import bound
+from agentfleet.testing.kube.scratch import Scratch
 
 _STOP = 5.0  # seconds beyond those that the nodes themselves may take to leave
 
@@ -46,7 +45,7 @@ class KubeletProcess(NodeFaults):
         self._access = access
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Scratch | None = None
         self._lock = threading.Lock()
         self._rest = b""
 
@@ -67,8 +66,8 @@ class KubeletProcess(NodeFaults):
 
     async def start(self) -> None:
         """Start it and wait until its nodes are registered."""
-        self._folder = tempfile.TemporaryDirectory(prefix="agentfleet-kubelet-")
-        folder = Path(self._folder.name)
+        self._scratch = Scratch()
+        folder = self._scratch.path
         config = self._access.write(folder / "kubeconfig")
         command = [sys.executable, "-m", "agentfleet.testing.kube.kubelet", "--kubeconfig", str(config)]
         command += ["--options", json.dumps(asdict(self.options), default=list)]
@@ -88,9 +87,9 @@ class KubeletProcess(NodeFaults):
         process, self._process = self._process, None
         if process is not None:
             await to_thread.run_sync(self._end, process)
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin is not None
@@ -149,6 +148,6 @@ class KubeletProcess(NodeFaults):
         return line
 
     def _log(self) -> str:
-        if self._folder is None:
+        if self._scratch is None:
             return ""
-        return (Path(self._folder.name) / "log").read_text(errors="replace")[-3000:].strip()
+        return (self._scratch.path / "log").read_text(errors="replace")[-3000:].strip()

@@ -40,6 +40,7 @@ class Lifecycle:
 
     def begin(self, run: PodRun) -> None:
         """Pull the image and start the containers."""
+        self._cancel(run)
         pull = run.behaviour.pull
         if pull is None:
             image = run.view.spec.containers[run.lead].image
@@ -140,8 +141,11 @@ class Lifecycle:
     def stop(self, run: PodRun, grace: float) -> None:
         """The pod is deleted: it is told to end, and killed when `grace` seconds are over."""
         if run.stopping:
+            if grace < run.grace:  # deleted once more, in more of a hurry
+                run.grace = grace
+                self._later(run, grace, self.kill)
             return
-        run.stopping = True
+        run.stopping, run.grace = True, grace
         run.vitals.draining = True
         if run.stage is not Stage.RUNNING or grace <= 0:
             self.kill(run)
@@ -171,7 +175,7 @@ class Lifecycle:
 
     def pardon(self, run: PodRun) -> None:
         """It crashes no more. One that runs goes on; one in back-off is restarted when that is over, as always."""
-        if run.stage is Stage.RUNNING:
+        if run.stage is Stage.RUNNING and not run.stopping:
             self._cancel(run)
             if not run.app_ready and run.behaviour.ready is not None:
                 self._later(run, run.behaviour.ready, self._become_ready)

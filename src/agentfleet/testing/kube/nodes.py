@@ -96,8 +96,10 @@ class Nodes:
 
     async def register(self) -> None:
         """Create all nodes and their leases, or take over those that exist."""
+        first, *others = self.by_name.values()
+        await self.register_one(first)  # if this is refused, so are all
         async with anyio.create_task_group() as tasks:
-            for node in self.by_name.values():
+            for node in others:
                 tasks.start_soon(self.register_one, node)
 
     async def register_one(self, node: Node) -> None:
@@ -119,13 +121,22 @@ class Nodes:
 
     async def _each(self, period: float, act: Callable[[Node], Coroutine[Any, Any, None]]) -> None:
         nodes = list(self.by_name.values())
+        at_it: set[str] = set()
+
+        async def once(node: Node) -> None:
+            at_it.add(node.name)
+            try:
+                await act(node)
+            finally:
+                at_it.discard(node.name)
+
         async with anyio.create_task_group() as tasks:
             begun = anyio.current_time()
             while True:
                 for index, node in enumerate(nodes):
                     await anyio.sleep(max(0.0, begun + period * (index + 1) / len(nodes) - anyio.current_time()))
-                    if not node.gone:
-                        tasks.start_soon(act, node)
+                    if not node.gone and node.name not in at_it:
+                        tasks.start_soon(once, node)
                 begun = max(begun + period, anyio.current_time() - period)
 
     async def _report(self, node: Node) -> None:

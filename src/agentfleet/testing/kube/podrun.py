@@ -52,6 +52,7 @@ class PodRun:
         self.streak = 0
         """Crashes in a row, as the back-off counts them."""
         self.stopping = False
+        self.grace = 0.0
         self.vitals = Vitals()
         self.agent: PodAgent | None = None
         self.timers: list[asyncio.TimerHandle] = []
