@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
-
-import anyio
-import pytest
 
 from agentfleet import AgentTemplate, Event, Fleet, FleetSpec, HealthPolicy, HttpCheck, MemoryJournal, RolloutPolicy
 from agentfleet.backends.kubernetes import Connection, KubeConfig, KubernetesBackend
 from agentfleet.kubespec import KubernetesOptions
-from agentfleet.testing.kube import AssetsMissing, ControlPlane, FakeKubelet, KubeletOptions, find_assets
+from agentfleet.testing.kube import ControlPlane, FakeKubelet, KubeletOptions
 
 HEALTH = HealthPolicy(checks=(HttpCheck(path="/status", period=1.0, timeout=1.0, failures=3),))
-
-
-def running_plane() -> Iterator[ControlPlane]:
-    """A control plane for the tests of one module; without its programs they are skipped, on CI they fail."""
-    try:
-        find_assets()
-    except AssetsMissing as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"NOT TESTED against a real API server: {error}")
-    plane = ControlPlane()
-    anyio.run(plane.start)
-    try:
-        yield plane
-    finally:
-        anyio.run(plane.stop)
 
 
 def spec(replicas: int, *, name: str = "agents", version: str = "1", **more: object) -> FleetSpec:

@@ -21,7 +21,7 @@ from agentfleet.backends.kubernetes.credentials import Access, Credentials, InCl
 from agentfleet.backends.kubernetes.errors import Overloaded, error_of
 from agentfleet.backends.kubernetes.limits import TokenBucket
 from agentfleet.backends.kubernetes.retry import again
-from agentfleet.backends.kubernetes.transport import Answer, Limits, Transport, open_transport
+from agentfleet.backends.kubernetes.transport import Answer, Limits, Transport, load_client, open_transport
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.errors import BackendError, BackendRefused, BackendUnavailable, DeadlineExceeded
 
@@ -143,6 +143,8 @@ class Connection:
         return cls(InCluster() if inside else KubeConfig(path, context))
 
     async def __aenter__(self) -> Self:
+        if self._opener is open_transport:
+            await load_client()  # on nobody's deadline
         return self
 
     async def __aexit__(

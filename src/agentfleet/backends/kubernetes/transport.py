@@ -27,7 +27,7 @@ from agentfleet.errors import BackendError, BackendUnavailable, DeadlineExceeded
 if TYPE_CHECKING:
     from kubernetes_asyncio.client.rest import RESTClientObject
 
-__all__ = ["Answer", "LibraryTransport", "Limits", "Transport", "open_transport"]
+__all__ = ["Answer", "LibraryTransport", "Limits", "Transport", "load_client", "open_transport"]
 
 _POOL = 100
 """Connections to the server at once; calls beyond that wait for one, within their deadline."""
@@ -92,8 +92,17 @@ async def open_transport(access: Access) -> Transport:
         MissingExtra: The extra `kubernetes` is not installed.
         SpecError: The certificates cannot be used.
     """
-    rest_class = await to_thread.run_sync(_import_client)  # half a second of import: other tasks go on meanwhile
+    rest_class = await load_client()
     return LibraryTransport(_build(rest_class, access.server, access.tls), access.tls)
+
+
+async def load_client() -> type[RESTClientObject]:
+    """The library's pool; half a second of import the first time, during which other tasks go on.
+
+    Raises:
+        MissingExtra: The extra `kubernetes` is not installed.
+    """
+    return await to_thread.run_sync(_import_client)
 
 
 def _import_client() -> type[RESTClientObject]:

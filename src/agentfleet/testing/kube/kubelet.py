@@ -59,6 +59,7 @@ class FakeKubelet(NodeFaults):
         self.runs: dict[str, PodRun] = {}
         """What runs, by uid."""
         self._views: dict[str, Pod] = {}
+        self._deleted: set[str] = set()  # by us, and the watch has not said so yet
         self._timeout = timeout
         self._api = ApiClient(access, connections=self.options.writers + 8)
         self.nodes = Nodes(
@@ -145,13 +146,14 @@ class FakeKubelet(NodeFaults):
 
     def _seen(self, pod: Pod) -> None:
         node = self.nodes.by_name.get(pod.spec.node_name)
-        if node is None:
+        if node is None or pod.metadata.uid in self._deleted:
             return
         self._views[pod.metadata.uid] = pod
         if not node.gone:
             self.reconcile(pod.metadata.uid)
 
     def _lost(self, uid: str) -> None:
+        self._deleted.discard(uid)
         pod = self._views.pop(uid, None)
         if pod is not None and not self.nodes.by_name[pod.spec.node_name].gone:
             self.reconcile(uid)
@@ -236,6 +238,7 @@ class FakeKubelet(NodeFaults):
             if run is None or self.nodes.by_name[run.node].gone:
                 continue
             if run.stage is Stage.STOPPED:
+                self._deleted.add(uid)
                 if await self._delete(run.view):
                     self._forget(run)
             else:
@@ -256,8 +259,11 @@ class FakeKubelet(NodeFaults):
     async def _delete(self, pod: Pod) -> bool:
         self._counts["deletions"] += 1
         body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod.metadata.uid}}
-        answered, _ = await self._api.send("DELETE", pod.path, body)
-        return answered in {200, 202, 404, 409}
+        answered, said = await self._api.send("DELETE", pod.path, body)
+        if answered in {200, 202, 404, 409}:
+            return True
+        self._problems.append(f"{pod.name}: its deletion was refused with {answered}: {said[:500]!r}")
+        return False
 
     async def _write_event(self, run: PodRun, reason: str, message: str) -> None:
         if self.nodes.by_name[run.node].gone:
