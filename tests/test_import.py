@@ -14,7 +14,7 @@ import agentfleet
 
 HEAVY = [
     "prometheus_client", "psutil", "tenacity", "trio", "click", "rich", "jsonschema", "hypothesis", "pytest",
-    "kubernetes_asyncio", "kubernetes", "aiohttp", "sqlalchemy", "redis", "numpy", "pandas", "IPython",
+    "kubernetes_asyncio", "kubernetes", "aiohttp", "msgspec", "sqlalchemy", "redis", "numpy", "pandas", "IPython",
 ]  # fmt: skip
 
 MODULES = sorted(

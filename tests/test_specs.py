@@ -435,3 +435,17 @@ def test_custom_checks_are_written_by_name() -> None:
     assert CustomCheck.from_json(check.to_json()).call == check.to_dict()["call"]
     with pytest.raises(ValueError, match="cannot be imported by name"):
         CustomCheck(call=lambda _instance: True).to_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("name: a\ntemplate: {command: python x, version: '1'}", "must be a list"),
+        ("name: a\ntemplate: {command: [x], version: 1.10}", "in quotes"),
+        ("fleet.yaml", "read a file first"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+)
+def test_what_newcomers_write_is_answered_with_the_fix(text: str, fix: str) -> None:
+    with pytest.raises(SpecError, match=fix):
+        FleetSpec.from_yaml(text)

@@ -125,7 +125,8 @@ class Autoscaler:
             The decision; None if the fleet's size could not be read, so that there was nothing to decide on.
 
         Raises:
-            JournalError: The turn could not be recorded; nothing was changed then.
+            JournalError: The turn could not be recorded. A decision that could not be recorded was not carried out;
+                what is remembered of one that was may be lost.
         """
         if self._memory is None:
             self._memory = self._restored()

@@ -83,6 +83,14 @@ class Fleet(FleetReader):
     ) -> None:
         if not isinstance(spec, FleetSpec):
             raise SpecError(f"spec must be a FleetSpec, not {type(spec).__name__}; see FleetSpec.from_yaml")
+        if not hasattr(backend, "watch"):
+            raise SpecError(f"backend must be a backend such as ProcessBackend(), not {backend!r:.80}")
+        if journal is not None and not hasattr(journal, "append"):
+            raise SpecError(f"journal must be a journal such as JsonlJournal(path), not {journal!r:.80}")
+        if clock is not None and not hasattr(clock, "sleep"):
+            raise SpecError(f"clock must have now() and sleep(), as SystemClock has, not {clock!r:.80}")
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise SpecError(f"metrics must map names to functions, not {metrics!r:.80}")
         self.spec = spec
         self.name = spec.name
         self.clock: Clock = clock or SystemClock()
@@ -314,6 +322,8 @@ class Fleet(FleetReader):
         Raises:
             OperationRefused: No such instance, or the governor holds it; the message says why.
         """
+        if not isinstance(id, str):
+            raise SpecError(f"id must be the id of an instance, not {id!r:.80}")
         self._runtime.deployed()
         self._runtime.turn.restart(id, self.clock.now())
         self._runtime.wake()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentfleet.core.rollout import RolloutPhase
-from agentfleet.errors import OperationRefused, RolloutFailed
+from agentfleet.errors import DeadlineExceeded, OperationRefused, RolloutFailed
 from agentfleet.runtime import Runtime
 from agentfleet.state import FleetState
 
@@ -58,11 +58,28 @@ async def rolled_out(runtime: Runtime, wanted: FleetState, seconds: float | None
     state = runtime.desk.wanted
     if state.rolling:
         if wanted.desired:
-            raise OperationRefused(f"revision {number} is not rolled out yet: the fleet was stopped; start it")
+            why = (
+                "was deleted" if state.deleted else "was stopped; start it" if not state.running else "was scaled to 0"
+            )
+            raise OperationRefused(f"revision {number} is not rolled out yet: the fleet {why}")
     elif state.target != number or state.rollout.phase is RolloutPhase.FAILED:
         why = await runtime.postmortem.explain(number) or "another revision was asked for meanwhile"
         runs = f"the fleet runs revision {state.target} ({state.template.version})"
         raise RolloutFailed(f"revision {number} could not be rolled out: {why}; {runs}")
+
+
+async def _healthy(runtime: Runtime, number: int) -> None:
+    """All instances are healthy, within the time that the policy gives a rollout without progress."""
+    patience = runtime.desk.spec.rollout.progress_deadline
+    try:
+        await ready(runtime, patience)
+    except DeadlineExceeded as error:
+        counts = runtime.desk.view.total_counts()
+        why = await runtime.postmortem.explain(number)
+        raise RolloutFailed(
+            f"{counts.good} of {runtime.desk.wanted.desired} instances are healthy after {patience:g} s"
+            f"{f': {why}' if why else ''}; it goes on"
+        ) from error
 
 
 async def brought_up(runtime: Runtime, wanted: FleetState, seconds: float | None) -> None:
@@ -71,7 +88,7 @@ async def brought_up(runtime: Runtime, wanted: FleetState, seconds: float | None
     async def wait() -> None:
         await rolled_out(runtime, wanted, None)
         if wanted.desired:
-            await ready(runtime, None)
+            await _healthy(runtime, wanted.target)
 
     what = f"revision {wanted.target} is rolled out and all instances are healthy"
     await runtime.waiting.within(seconds, what, wait)

@@ -43,8 +43,10 @@ class Repair:
             self.proved[slot] = None
         if condition in AILING:
             self._sick_since.setdefault(slot, now)
-            if before not in AILING:
-                self._sizing.count_failure(member.instance.revision)
+            if (
+                before not in AILING and member.instance.phase is not Phase.LOST
+            ):  # a lost node is no fault of the revision
+                self._sizing.count_failure(member.instance)
         elif condition in GOOD:
             since = self._sick_since.pop(slot, None)
             if since is not None:
@@ -84,6 +86,7 @@ class Repair:
         return Case(
             ailment,
             instance.created_at if ailment is Ailment.UNPROVEN else self._sick_since.get(slot, now),
+            grace=desk.spec.health.startup if _is_behind(member) else 0.0,
             late_at=instance.created_at + desk.spec.rollout.progress_deadline if _is_behind(member) else None,
             placed=member.condition is not Condition.PENDING,
             other_nodes=self._other_nodes(instance.node),
@@ -118,11 +121,13 @@ class Repair:
     def _foremost_wishes(self) -> list[Wish]:
         """Those of slots that are disrupted already, which cost nothing more, then those that have waited longest.
 
-        Of the latter one more than the budget, so that what is held back is recorded; the rest waits unseen.
+        Of the latter one more than may be admitted, so that what is held back is recorded; the rest waits unseen.
         """
         book, recovery = self._desk.disruptions, self._recovery
+        state, budget = self._desk.wanted, self._desk.spec.recovery.budget(self._desk.wanted.desired)
         under_way = recovery.wishes_of(book)
-        waiting = recovery.wishes(self._desk.spec.recovery.budget(self._desk.wanted.desired) + 1)
+        allowed = budget if state.governor.frozen_at is None else min(1, budget)
+        waiting = recovery.wishes(max(0, allowed - len(book)) + 1)
         return list({wish.slot: wish for wish in (*under_way, *waiting)}.values())
 
     # ------------------------------------------------------------------------------------------ acting

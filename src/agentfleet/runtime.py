@@ -265,7 +265,7 @@ class Runtime:
         await self.waiting.until(reached, timeout, what)
 
     async def _scale_when_running(self) -> None:
-        """The autoscaler sleeps while the fleet is stopped, paused by hand or not deployed."""
+        """The autoscaler sleeps while the fleet is stopped or not deployed."""
         assert self.autoscaler is not None
         while True:
             await self.clock.sleep(self.autoscaler.policy.period)

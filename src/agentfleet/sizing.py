@@ -103,7 +103,7 @@ class Sizing:
         if member is None:
             return
         if isinstance(error, BackendRefused):
-            self.count_failure(member.instance.revision)
+            self.count_failure(member.instance)
         if not member.seen:
             self._desk.view.remove(id)
             self._desk.disruptions.emptied(member.instance.slot)
@@ -113,11 +113,15 @@ class Sizing:
         self._failures[action] += 1
         self._retry_at[action] = now + self._desk.spec.recovery.backoff.delay(self._failures[action])
 
-    def count_failure(self, revision: int) -> None:
-        """An instance of this revision turned sick, exited, or could not be made."""
+    def count_failure(self, instance: Instance) -> None:
+        """An instance turned sick, exited, or could not be made; each process counts once, whoever manages it."""
         state = self._desk.state
-        if state is not None and state.rolling and revision == state.target:
-            self._desk.state = replace(state, failures=state.failures + 1)
+        if state is not None and state.rolling and instance.revision == state.target:
+            self._desk.state = state.with_failure(f"{instance.id}#{instance.restarts}")
+
+    def placed(self, slot: int) -> None:
+        """The engine has taken an instance for this slot: where it should not run has been said."""
+        self._avoid.pop(slot, None)
 
     def merge_intents(self) -> None:
         """Take over the strongest of the wanted sizes."""
@@ -193,7 +197,14 @@ class Sizing:
             yield from removals(view.expendable(self._old(), only=UNFIT), step.remove_old_unfit, Cause.ROLLOUT)
         if step.remove_old_good:  # while a rollout is held, any old one may go
             only = EXPENDABLE if state.paused or not state.rolling else GOOD
-            yield from removals(view.expendable(self._old(), only=only), step.remove_old_good, Cause.ROLLOUT)
+            count = min(step.remove_old_good, self._at_most())
+            yield from removals(view.expendable(self._old(), only=only), count, Cause.ROLLOUT)
+
+    def _at_most(self) -> int:
+        """Removals that could be admitted now, and one more, so that what is held back is recorded."""
+        desk, state = self._desk, self._desk.wanted
+        spare = max(0, desk.view.total_counts().good - state.desired)
+        return spare + max(0, desk.spec.recovery.budget(state.desired) - len(desk.disruptions)) + 1
 
     def _old(self) -> list[int]:
         target = self._desk.wanted.target
@@ -238,7 +249,7 @@ class Sizing:
         assert revision is not None
         name, template = desk.spec.name, revision.template
         id = f"{name}-{slot}-{desk.rng.getrandbits(32):08x}"
-        away = self._avoid.pop(slot, None)
+        away = self._avoid.get(slot)
         desk.view.put(Instance(id, name, slot, number, template.version, Phase.PENDING, created_at=now), seen=False)
         desk.record("instance.created", id, {"slot": slot, "revision": number, "version": template.version})
         desk.actuator.create(Creation(id, name, slot, number, template, (away,) if away else ()))

@@ -35,7 +35,16 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
 
 def _listed(value: object) -> object:
     """Lists become tuples, so that YAML, JSON and Python callers may all write [a, b]."""
+    if isinstance(value, str):
+        raise PydanticCustomError("list", "must be a list such as ['python', '-m', 'my_agent'], not one text")
     return tuple(value) if isinstance(value, list) else value
+
+
+def _quoted(value: object) -> object:
+    """YAML reads 1.10 as the number 1.1: whoever means a text must say so."""
+    if isinstance(value, int | float):
+        raise PydanticCustomError("text", "must be text; write it in quotes, as in '1.10'")
+    return value
 
 
 if TYPE_CHECKING:
@@ -77,7 +86,7 @@ def _path(value: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_name), Field(examples=["researchers"])]
-Text = Annotated[str, Field(max_length=4096), AfterValidator(_text)]
+Text = Annotated[str, Field(max_length=4096), BeforeValidator(_quoted), AfterValidator(_text)]
 Argument = Annotated[str, Field(max_length=131_072), AfterValidator(_argument)]
 UrlPath = Annotated[str, Field(max_length=1024, examples=["/health"]), AfterValidator(_path)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -137,7 +146,14 @@ class Spec(BaseModel):
         """Read a spec from YAML text; raises `SpecError` that names each wrong field."""
         from agentfleet import yamltext  # noqa: PLC0415 - PyYAML takes long to import, and specs are made without it too
 
-        return cls.parse(yamltext.read(text), source="the YAML text")
+        if not isinstance(text, str):
+            raise SpecError(f"from_yaml takes YAML text, not {type(text).__name__}; read a file first")
+        data = yamltext.read(text)
+        if isinstance(data, str):
+            raise SpecError(
+                f"from_yaml takes YAML text with a {cls.__name__}'s fields, not {show(data)}; read a file first"
+            )
+        return cls.parse(data, source="the YAML text")
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

@@ -51,7 +51,7 @@ class FleetState:
         target: Number of the revision that is wanted.
         revisions: Kept revisions, oldest first; a number is never used again.
         rollout: Memory of the present or last rollout.
-        failures: Instances of the target that failed since the rollout began.
+        failed: Processes of the target that failed since the rollout began, each by instance and restarts.
         governor: Memory of the disruption governor's brake.
         applied_template: The template of the last applied spec, to tell what a newer spec changes.
         applied_replicas: Likewise.
@@ -66,7 +66,7 @@ class FleetState:
     applied_replicas: int
     running: bool = True
     paused: bool = False
-    failures: int = 0
+    failed: tuple[str, ...] = ()
     governor: GovernorMemory = field(default_factory=GovernorMemory)
     deleted: bool = False
 
@@ -94,6 +94,11 @@ class FleetState:
         )
 
     @property
+    def failures(self) -> int:
+        """How many processes of the target have failed since the rollout began."""
+        return len(self.failed)
+
+    @property
     def rolling(self) -> bool:
         """Whether a rollout is under way."""
         return self.rollout.phase is RolloutPhase.PROGRESSING
@@ -104,13 +109,13 @@ class FleetState:
         """Begin a rollout to a new revision; a paused fleet stays paused."""
         number = self.revisions[-1].number + 1
         kept = _trim((*self.revisions, Revision(number, template, now, cause)), number, keep)
-        return replace(self, target=number, revisions=kept, rollout=begin(number, now), failures=0)
+        return replace(self, target=number, revisions=kept, rollout=begin(number, now), failed=())
 
     def tried_again(self, now: float) -> FleetState:
         """Begin a failed rollout anew, because somebody asked for it."""
         if self.rollout.phase is not RolloutPhase.FAILED:
             return self
-        return replace(self, rollout=begin(self.target, now), failures=0)
+        return replace(self, rollout=begin(self.target, now), failed=())
 
     def with_target(self, number: int, now: float) -> FleetState:
         """Begin a rollback to a kept revision.
@@ -121,7 +126,11 @@ class FleetState:
         if self.revision(number) is None:
             kept = ", ".join(str(each.number) for each in self.revisions)
             raise OperationRefused(f"revision {number} is not kept; kept are {kept}")
-        return replace(self, target=number, rollout=begin(number, now, is_rollback=True), failures=0, paused=False)
+        return replace(self, target=number, rollout=begin(number, now, is_rollback=True), failed=(), paused=False)
+
+    def with_failure(self, process: str) -> FleetState:
+        """Note that a process of the target has failed; one that is known to have failed counts no more."""
+        return self if process in self.failed else replace(self, failed=(*self.failed, process))
 
     def with_good_target(self) -> FleetState:
         """Note that the target has been rolled out completely."""
@@ -145,15 +154,15 @@ class FleetState:
     def lasting(self) -> FleetState:
         """The state without what changes from turn to turn: to tell whether it must be written anew."""
         still = replace(self.rollout, progressed_at=0.0, best=None)
-        return replace(self, rollout=still, failures=0, governor=GovernorMemory())
+        return replace(self, rollout=still, failed=(), governor=GovernorMemory())
 
     def progress(self) -> dict[str, Any]:
         """What changes often and must outlive the manager all the same."""
-        return {"failures": self.failures, "governor": self.governor.to_dict()}
+        return {"failed": self.failed, "governor": self.governor.to_dict()}
 
     def with_progress(self, data: Mapping[str, Any]) -> FleetState:
         """Take back a `progress` that is newer than the rest."""
-        return replace(self, failures=data["failures"], governor=GovernorMemory.from_dict(data["governor"]))
+        return replace(self, failed=tuple(data["failed"]), governor=GovernorMemory.from_dict(data["governor"]))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
@@ -166,7 +175,7 @@ class FleetState:
             "applied_replicas": self.applied_replicas,
             "running": self.running,
             "paused": self.paused,
-            "failures": self.failures,
+            "failed": self.failed,
             "governor": self.governor.to_dict(),
             "deleted": self.deleted,
         }
@@ -182,6 +191,7 @@ class FleetState:
             **{
                 **data,
                 "revisions": revisions,
+                "failed": tuple(data["failed"]),
                 "rollout": RolloutMemory.from_dict(data["rollout"]),
                 "applied_template": AgentTemplate.parse(data["applied_template"], source="the journaled template"),
                 "governor": GovernorMemory.from_dict(data["governor"]),

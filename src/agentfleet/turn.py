@@ -60,6 +60,9 @@ class Turn:
     def succeeded(self, action: str, id: str) -> None:
         """Say that an action was accepted."""
         self.sizing.accepted(action)
+        member = self._desk.view.members.get(id)
+        if action == "create" and member is not None:
+            self.sizing.placed(member.instance.slot)
         self._touch(id)
 
     def failed(self, action: str, id: str, error: Exception, now: float) -> None:
@@ -126,14 +129,14 @@ class Turn:
         if member.instance.phase is not Phase.EXITED:
             request = Disruption(slot, Cause.OPERATOR, member.condition in SERVING)
             proposal = Proposal(request, member, wish)
-            verdict = self._govern({slot: proposal}, now)
+            verdict = self._govern({slot: proposal}, now, note=False)
             if verdict.held:
                 raise OperationRefused(f"instance {id} is not restarted now: {verdict.held[0][1]}")
             self._note_admitted(proposal, verdict)
         self.repair.apply(wish, member, now)
         self.save()
 
-    def _govern(self, proposals: Mapping[int, Proposal], now: float) -> GovernorDecision:
+    def _govern(self, proposals: Mapping[int, Proposal], now: float, *, note: bool = True) -> GovernorDecision:
         desk = self._desk
         state, counts, book = desk.wanted, desk.view.total_counts(), desk.disruptions
         self._strike_out_what_is_over()
@@ -155,7 +158,8 @@ class Turn:
             self.frozen = decision.frozen
             kind = "governor.frozen" if decision.frozen else "governor.thawed"
             desk.record(kind, data={"budget": decision.budget}, reasons=decision.reasons)
-        self._note_held(proposals, decision)
+        if note:  # else its own caller is told
+            self._note_held(proposals, decision)
         return decision
 
     def _strike_out_what_is_over(self) -> None:

@@ -44,20 +44,21 @@ class WorkloadSizing(Sizing):
 
     def ordered(self, seen: Ordered) -> None:
         """Take in what the engine has been told; what others told it is adopted and explained, not fought over."""
-        self._known = seen
         state = self._desk.state
+        told = self._sent.replicas if self._sent is not None else 0 if state is None else state.desired
+        self._known = seen
         if seen.by is None or state is None or state.deleted:
             return
-        if seen.replicas != self._size():
-            self._adopt_size(state, seen)
+        if seen.replicas != told:
+            self._adopt_size(state, seen, told)
         if seen.paused != self._desk.wanted.paused:
             self._note_foreign(seen, "paused" if seen.paused else "resumed")
             self._desk.state = replace(self._desk.wanted, paused=seen.paused)
         if state.target not in {seen.revision, self._yielded}:
             self._adopt_revision(seen)
 
-    def _adopt_size(self, state: FleetState, seen: Ordered) -> None:
-        reason = self._note_foreign(seen, "scaled", before=self._size(), now=seen.replicas)
+    def _adopt_size(self, state: FleetState, seen: Ordered, told: int) -> None:
+        reason = self._note_foreign(seen, "scaled", before=told, now=seen.replicas)
         if self._sent is not None:
             self._sent = replace(self._sent, replicas=seen.replicas)
         if not state.running and seen.replicas:  # a stopped fleet that somebody gives a size has been started

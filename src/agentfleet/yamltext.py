@@ -48,6 +48,8 @@ def read(text: str) -> Any:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         # the last ones: PyYAML on tags that do not fit their values, such as "!!int ''" and "!!timestamp x"
+        if isinstance(error, RecursionError):
+            raise SpecError("this YAML is nested too deeply to be read") from None
         raise SpecError(f"this is not YAML: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -290,3 +290,12 @@ async def test_an_error_of_a_foreign_backend_is_a_failed_action(monkeypatch: pyt
     assert [event.data["error"] for event in failed] == ["BackendError"] * 3
     assert "the backend raised KeyError" in failed[0].data["message"]
     assert len(world.events("usage.failed")) == 1
+
+
+def test_an_argument_of_the_wrong_kind_is_named_at_once() -> None:
+    """Nothing is made of what cannot work."""
+    wrong: list[dict[str, Any]] = [{"backend": "process"}, {"journal": "x"}, {"clock": 3}, {"metrics": [1]}]
+    for arguments in wrong:
+        (name,) = arguments
+        with pytest.raises(SpecError, match=name):
+            Fleet(spec(1), **{"backend": MemoryBackend(), **arguments})

@@ -290,3 +290,66 @@ async def test_no_healthy_instance_is_given_for_a_sick_one() -> None:
         for node in ("node-1", "node-2", "node-3"):
             world.faults.cordon(node, schedulable=True)
         await world.settled(fleet)
+
+
+@virtual
+async def test_a_slow_starter_is_given_its_time() -> None:
+    """After a restart an agent that needs three minutes has them, as the health policy says."""
+    health = HealthPolicy(checks=(HttpCheck(period=5.0, timeout=2.0),), startup=600.0)
+    world = World(spec(3, health=health, rollout=RolloutPolicy(progress_deadline=900.0)))
+    async with world.deployed() as fleet:
+        world.backend.behave(version="1", start_delay=180.0)
+        world.faults.crash(world.ids()[0])
+        await anyio.sleep(400)
+        await world.settled(fleet)
+        assert sum(world.effort()[1:]) == 1
+
+
+@virtual
+async def test_a_lost_node_is_no_fault_of_the_new_version() -> None:
+    """A machine that goes down in the middle of an upgrade takes new instances with it; the upgrade goes on."""
+    world = prepare(World(spec(12, rollout=RolloutPolicy(max_failed=2))))
+    async with world.deployed() as fleet:
+        await fleet.upgrade("2", wait=False)
+        await anyio.sleep(8)
+        world.faults.node_down("node-1")
+        await anyio.sleep(600)
+        world.faults.heal("node-1")
+        await world.settled(fleet)
+        assert world.versions == {"2": 12}
+        assert not world.events("rollout.rolled_back")
+
+
+@virtual
+async def test_where_not_to_go_is_remembered_through_a_refused_create() -> None:
+    """A replacement elsewhere that is refused once still keeps away from the node that it fled."""
+    recovery = RecoveryPolicy(restarts=0, replacements=0, elsewhere=1)
+    world = World(spec(1, health=HEALTH, recovery=recovery), nodes=2)
+    async with world.deployed() as fleet:
+        (before,) = fleet.instances
+        world.faults.refuse(times=1, actions=("create",))
+        world.faults.hang(before.id, sticky=True)
+        await anyio.sleep(120)
+        await world.settled(fleet)
+        (after,) = fleet.instances
+        assert after.node != before.node
+
+
+@virtual
+async def test_one_failure_counts_once_however_many_managers_see_it() -> None:
+    """Managers that come and go during a rollout do not add up one sick instance to a failed version."""
+    recovery = RecoveryPolicy(restarts=0, replacements=0, elsewhere=0, rollback=False)
+    rollout = RolloutPolicy(min_ready=300.0, progress_deadline=3_000.0)
+    world = prepare(World(spec(4, health=HEALTH, recovery=recovery, rollout=rollout)))
+    async with world.deployed() as fleet:
+        await fleet.upgrade("2", wait=False)
+        await anyio.sleep(30)
+        world.faults.hang(next(each.id for each in fleet.instances if each.version == "2"), sticky=True)
+        await anyio.sleep(40)
+        assert fleet.state is not None
+        assert fleet.state.failures == 1
+    for _ in range(3):
+        async with world.fleet() as fleet:
+            await anyio.sleep(40)
+            assert fleet.state is not None
+            assert fleet.state.failures == 1

@@ -140,6 +140,21 @@ async def test_another_hand_is_respected_and_explained() -> None:
 
 
 @virtual
+async def test_another_hand_is_respected_while_nobody_manages() -> None:
+    """What somebody did between two managers is adopted by the second, too."""
+    engine = Engine(spec(4))
+    async with engine.deployed():
+        pass
+    async with engine.backend:
+        engine.by_somebody(7)
+        await anyio.sleep(1)
+    async with engine.fleet() as fleet:
+        await anyio.sleep(60)
+        assert len(fleet.instances) == 7
+        assert engine.events("fleet.foreign_change")
+
+
+@virtual
 async def test_the_next_manager_goes_on_without_a_twitch() -> None:
     """A new manager finds the fleet as it should be and orders nothing that changes it."""
     engine = Engine(spec(5))

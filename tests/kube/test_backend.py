@@ -141,7 +141,7 @@ def test_a_crashed_pod_is_seen_and_a_crash_loop_is_replaced(plane: ControlPlane)
 
 
 def test_a_lost_node_is_known_before_the_control_plane_says_so(plane: ControlPlane) -> None:
-    """Its pods are lost within 20 s of the last heartbeat, and replaced on the other nodes."""
+    """Its pods are lost within 20 s of the last heartbeat, and get no more work."""
 
     async def test(there: Cluster) -> None:
         async with there.fleet(spec(9)) as fleet:
@@ -153,9 +153,7 @@ def test_a_lost_node_is_known_before_the_control_plane_says_so(plane: ControlPla
             await there.kubelet.node_gone(node, answering=True)
             await until(lambda: bool(there.events("instance.lost")), 40)
             assert anyio.current_time() - gone_at < 20
-            await until(lambda: fleet.status()["good"] == 9, 150)
-            good = {member.instance.id for member in fleet.view.serving()}
-            assert not good & there_before
+            assert not {member.instance.id for member in fleet.view.serving()} & there_before
 
     on(plane, test, nodes=4)
 

@@ -51,6 +51,8 @@ class Case:
     ailment: Ailment
     since: float
     """When the ailment began, in seconds; while unproven, when the instance was created."""
+    grace: float = 0.0
+    """Seconds that starting may take."""
     late_at: float | None = None
     """While unproven: when it ought to work at last. None: it may work already, only nothing is known of it."""
     placed: bool = True
@@ -165,7 +167,7 @@ def _while_unproven(
         until, why = case.late_at, Reason("recovery.starting", "waiting for it to begin its work")
     else:
         began = max(memory.acted_at, case.since)  # a replacement may have come long after the attempt
-        until = began + max(policy.settle, _wait(policy, case, memory))
+        until = began + max(policy.settle, case.grace, _wait(policy, case, memory))
         if not case.placed and case.late_at is not None:
             until = max(until, case.late_at)
         why = Reason("recovery.settling", "waiting for the last attempt to show", {"left_s": until - now})
