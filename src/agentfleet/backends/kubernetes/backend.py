@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import anyio
 import msgspec
 
 from agentfleet.backends.base import Observation, Ordered, Workload
@@ -24,6 +23,7 @@ from agentfleet.backends.kubernetes.apiversions import ApiVersions
 from agentfleet.backends.kubernetes.connection import MERGE_PATCH, Connection
 from agentfleet.backends.kubernetes.errors import NotFound
 from agentfleet.backends.kubernetes.manifests import render
+from agentfleet.backends.kubernetes.marking import mark_expendable
 from agentfleet.backends.kubernetes.objects import Meta, Pod
 from agentfleet.backends.kubernetes.pods import Written
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, POD_METRICS, PODS, decode, version_of
@@ -32,11 +32,6 @@ from agentfleet.errors import BackendUnavailable, Conflict, InstanceGone
 from agentfleet.instances import Usage
 from agentfleet.specs import AgentTemplate, FleetSpec
 from agentfleet.units import parse_cpu, parse_memory
-
-_MARKS_AT_ONCE = 16
-"""Pods that are marked or deleted at the same time before a fleet gets smaller."""
-_FIRST_WITH_DELETION_COST = 21
-"""The 1.Y of Kubernetes from which a ReplicaSet heeds pod-deletion-cost (KEP-2255)."""
 
 
 class _Object(msgspec.Struct):
@@ -184,31 +179,10 @@ class KubernetesBackend:
         return _version(await self._merge(path, {"spec": {"replicas": replicas}}))
 
     async def _mark(self, names: Sequence[str]) -> None:
-        """Have the ReplicaSet take these first.
-
-        A server before 1.21 heeds no cost. There they are deleted themselves: what takes their place is the first to
-        go when the size shrinks, because it does not serve yet.
-        """
-        heeds_cost = self._api is not None and self._api.minor >= _FIRST_WITH_DELETION_COST
-        limiter = anyio.CapacityLimiter(_MARKS_AT_ONCE)
-
-        async def mark(pod: Pod) -> None:
-            async with limiter:
-                try:
-                    if heeds_cost:
-                        cost = {"controller.kubernetes.io/pod-deletion-cost": "-1000"}
-                        uid = {"uid": pod.metadata.uid, "annotations": cost}
-                        await self._merge(PODS.path(self._namespace, pod.metadata.name), {"metadata": uid})
-                    else:
-                        await self._delete_pod(pod, None)
-                except (InstanceGone, Conflict):
-                    pass  # it is gone already, which is all that was wanted
-
-        async with anyio.create_task_group() as tasks:
-            for name in names:
-                pod = self._seen.pod(name)
-                if pod is not None and pod.metadata.deletion_timestamp is None:
-                    tasks.start_soon(mark, pod)
+        """Have the ReplicaSet take these first."""
+        assert self._api is not None, "open"
+        pods = [pod for name in names if (pod := self._seen.pod(name)) is not None]
+        await mark_expendable(self._asked, self._seen.pods, pods, minor=self._api.minor)
 
     async def delete(self, fleet: str) -> None:
         """Delete every object of the fleet; the pods go with their Deployment."""

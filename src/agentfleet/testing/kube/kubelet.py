@@ -106,6 +106,7 @@ class FakeKubelet(NodeFaults):
             listed = asyncio.Event()
             self._tasks.start_soon(self._watch.run, listed)
             self._tasks.start_soon(self.nodes.keep)
+            self._tasks.start_soon(self._correct)
             for _ in range(self.options.writers):
                 self._tasks.start_soon(self._write)
             try:
@@ -288,6 +289,15 @@ class FakeKubelet(NodeFaults):
             "source": {"component": "kubelet", "host": run.node},
         }
         await self._api.send("POST", f"/api/v1/namespaces/{meta.namespace}/events", event)
+
+    async def _correct(self) -> None:
+        """Put our word back where somebody else has reported a pod's readiness, as a kubelet does every 10 s."""
+        while True:
+            await asyncio.sleep(self.options.sync_period)
+            for run in self.runs.values():
+                if run.sent is not None and run.view.ready != (run.ready and run.view.gates_open):
+                    run.sent = None
+                    self.changed(run)
 
     # ------------------------------------------------------------------------------------------------ commands
 

@@ -25,6 +25,7 @@ class KubeletOptions:
         timing: Restarts and back-offs.
         lease_period: Between two renewals of a lease.
         status_period: Between two reports of a node's status.
+        sync_period: Between two comparisons of what was reported of the pods with what is so.
         addresses: The network that nodes and pods get theirs from, all of it on loopback. By default one of
             127.16.0.0/16 to 127.250.0.0/16, at random, so that several kubelets do not meet.
         writers: How many writes to the API server may be under way at once.
@@ -43,6 +44,7 @@ class KubeletOptions:
     timing: Timing = field(default_factory=Timing)
     lease_period: float = 10.0
     status_period: float = 60.0
+    sync_period: float = 10.0
     addresses: str | None = None
     writers: int = 32
     events: bool = True

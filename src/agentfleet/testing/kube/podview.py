@@ -81,6 +81,11 @@ class Pod(_Slim, frozen=True):
         return f"/api/v1/namespaces/{self.metadata.namespace}/pods/{self.metadata.name}"
 
     @property
+    def ready(self) -> bool:
+        """What its condition says."""
+        return any(each.type == "Ready" and each.status == "True" for each in self.status.conditions)
+
+    @property
     def gates_open(self) -> bool:
         """Whether the conditions of all its readiness gates are True."""
         if not self.spec.readiness_gates:
