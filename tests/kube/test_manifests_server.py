@@ -8,7 +8,7 @@ from typing import Any
 
 import anyio
 import pytest
-import yaml
+from tests.kube.permissions import ACCOUNT, NAMESPACE, grant
 from tests.kube.story import DEPLOYMENT, EXAMPLES, leaves, read
 
 from agentfleet.backends.kubernetes import apply
@@ -21,7 +21,6 @@ if not EXAMPLES.exists():
     pytest.skip("no examples here: these are the tests of a wheel", allow_module_level=True)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-NAMESPACE = "ai-agents"
 EVERYTHING = """
 name: everything
 replicas: 2
@@ -115,22 +114,12 @@ scaling:
 @pytest.fixture(scope="module", name="plane")
 def granted(plane: ControlPlane) -> ControlPlane:
     """The control plane with the examples' namespace, account and permissions, given to it by server-side apply."""
-    anyio.run(_grant, plane)
+    anyio.run(grant, plane)
     return plane
 
 
-async def _grant(plane: ControlPlane) -> None:
-    for manifest in yaml.safe_load_all((EXAMPLES / "rbac.yaml").read_text()):
-        plural = f"{manifest['kind'].lower()}s"
-        version, metadata = manifest["apiVersion"], manifest["metadata"]
-        root = f"/apis/{version}" if "/" in version else f"/api/{version}"
-        space = f"/namespaces/{metadata['namespace']}" if "namespace" in metadata else ""
-        path = f"{root}{space}/{plural}/{metadata['name']}?fieldManager=test&force=true"
-        await plane.api.patch(path, manifest, kind=apply.CONTENT_TYPE)
-
-
 async def _manager(plane: ControlPlane) -> Client:
-    return Client(await plane.service_account(NAMESPACE, "agentfleet-manager"))
+    return Client(await plane.service_account(NAMESPACE, ACCOUNT))
 
 
 async def _versions(client: Client) -> ApiVersions:

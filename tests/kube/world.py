@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from tests.kube.permissions import grant
+
 from agentfleet import AgentTemplate, Event, Fleet, FleetSpec, HealthPolicy, HttpCheck, MemoryJournal, RolloutPolicy
 from agentfleet.backends.kubernetes import Connection, KubeConfig, KubernetesBackend
 from agentfleet.kubespec import KubernetesOptions
@@ -71,6 +73,7 @@ async def cluster(plane: ControlPlane, *, nodes: int = 3) -> AsyncIterator[Clust
     """A namespace of its own, with nodes of its own."""
     async with FakeKubelet(plane.access, KubeletOptions(nodes=nodes, lease_period=2.0)) as kubelet:
         namespace = await plane.namespace()
-        config = plane.access.write(plane.folder / f"{namespace}.kubeconfig", namespace=namespace)
+        access = await grant(plane, namespace)  # managers are no administrators
+        config = access.write(plane.folder / f"{namespace}.kubeconfig", namespace=namespace)
         async with Connection(KubeConfig(config), qps=500, burst=500) as connection:
             yield Cluster(plane, kubelet, namespace, connection)
