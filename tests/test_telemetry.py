@@ -52,6 +52,7 @@ def fill(telemetry: Telemetry, fleet: str) -> None:
     telemetry.observe_probe(fleet, "http", 0.01, ok=False)
     telemetry.observe_turn(fleet, 0.001)
     telemetry.count_journal_error(fleet)
+    telemetry.set_leading(fleet, 1)
 
 
 def test_values() -> None:

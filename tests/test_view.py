@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from agentfleet.instances import AgentStatus, HealthState, Instance, Phase, Usage
+from agentfleet.instances import AgentStatus, HealthState, Instance, Isolation, Phase, Usage
 from agentfleet.testing import strategies
 from agentfleet.view import EXPENDABLE, GOOD, SERVING, Condition, Counts, FleetView
 
 IDS = [f"a{number}" for number in range(8)]
 HEALTHY = (HealthState.HEALTHY, HealthState.SUSPECT)
-PLACELESS = (None, Condition.DRAINING)
+PLACELESS = (None, Condition.DRAINING, Condition.ISOLATED)
 
 
 def instance(id: str, slot: int = 0, revision: int = 1, phase: Phase = Phase.RUNNING, **more: object) -> Instance:
@@ -36,7 +36,8 @@ def check_view(view: FleetView) -> None:
     assert view.total_counts() == sum((view.counts(revision) for revision in revisions), Counts())
     assert view.total_counts().total == len(placed)
     assert len(view) == len(members)
-    assert view.draining == len(members) - len(placed)
+    assert view.draining + len(view.isolated) == len(members) - len(placed)
+    assert set(view.isolated) == {m.instance.id for m in members if m.condition is Condition.ISOLATED}
     assert view.in_flight == sum(member.in_flight for member in members)
     assert view.queued == sum(member.queued for member in members)
     assert sorted(m.instance.id for m in view.serving()) == sorted(
@@ -93,6 +94,8 @@ class ViewMachine(RuleBasedStateMachine):
         phase = known.instance.phase
         if known.leaving or phase is Phase.DRAINING:
             return Condition.DRAINING
+        if known.instance.isolated is not None:
+            return Condition.ISOLATED
         if phase in (Phase.EXITED, Phase.LOST) or known.health is HealthState.DEAD:
             return Condition.DEAD
         if phase is Phase.PENDING:
@@ -114,7 +117,7 @@ class ViewMachine(RuleBasedStateMachine):
         known.condition, known.came = after, self.clock
         if before in PLACELESS:
             known.arrived = self.clock
-        if (before in SERVING) != (after in SERVING):
+        if (before in SERVING) != (after in SERVING) or after is Condition.ISOLATED:
             self.expected_calls.append(known.instance.id)
 
     # ---- events
@@ -143,6 +146,14 @@ class ViewMachine(RuleBasedStateMachine):
         known.instance = seen
         self.view.put(seen)
         self._update(known)
+
+    @rule(id=st.sampled_from(IDS), apart=st.booleans())
+    def isolate_or_return(self, id: str, apart: bool) -> None:
+        known = self.known.get(id)
+        if known is not None:
+            known.instance = replace(known.instance, isolated=Isolation(0.0, "why") if apart else None)
+            self.view.put(known.instance)
+            self._update(known)
 
     @rule(id=st.sampled_from(IDS), process=st.floats(0, 9))
     def restart(self, id: str, process: float) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         InstanceGone,
         JournalError,
         MissingExtra,
+        NotLeader,
         OperationRefused,
         RolloutFailed,
         SpecError,
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from agentfleet.events import Event
     from agentfleet.fleet import Fleet
     from agentfleet.health import HealthMonitor
-    from agentfleet.instances import AgentStatus, HealthState, Instance, Node, Phase, Usage
+    from agentfleet.instances import AgentStatus, HealthState, Instance, Isolation, Node, Phase, Usage
+    from agentfleet.leadership import Leadership
     from agentfleet.specs import (
         AgentTemplate,
         Backoff,
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
         TcpCheck,
     )
     from agentfleet.stores.jsonl_journal import JsonlJournal
+    from agentfleet.stores.leases import MemoryLeases
     from agentfleet.stores.memory_journal import MemoryJournal
     from agentfleet.telemetry import Telemetry
 
@@ -86,6 +89,7 @@ _HOMES = {
         "InstanceGone",
         "JournalError",
         "MissingExtra",
+        "NotLeader",
         "OperationRefused",
         "RolloutFailed",
         "SpecError",
@@ -93,7 +97,8 @@ _HOMES = {
     "events": ("Event",),
     "fleet": ("Fleet",),
     "health": ("HealthMonitor",),
-    "instances": ("AgentStatus", "HealthState", "Instance", "Node", "Phase", "Usage"),
+    "instances": ("AgentStatus", "HealthState", "Instance", "Isolation", "Node", "Phase", "Usage"),
+    "leadership": ("Leadership",),
     "specs": (
         "AgentTemplate",
         "Backoff",
@@ -114,6 +119,7 @@ _HOMES = {
         "TcpCheck",
     ),
     "stores.jsonl_journal": ("JsonlJournal",),
+    "stores.leases": ("MemoryLeases",),
     "stores.memory_journal": ("MemoryJournal",),
     "telemetry": ("Telemetry",),
 }
@@ -151,14 +157,18 @@ __all__ = [
     "HttpCheck",
     "Instance",
     "InstanceGone",
+    "Isolation",
     "JournalError",
     "JsonlJournal",
+    "Leadership",
     "MemoryBackend",
     "MemoryJournal",
+    "MemoryLeases",
     "MemoryTarget",
     "MetricTarget",
     "MissingExtra",
     "Node",
+    "NotLeader",
     "OperationRefused",
     "Phase",
     "ProcessBackend",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import anyio
@@ -16,10 +17,14 @@ from anyio.abc import TaskGroup
 
 from agentfleet.backends.base import Backend, Creation, Engine, Workload, WorkloadBackend
 from agentfleet.clock import Clock
-from agentfleet.errors import BackendError, DeadlineExceeded
+from agentfleet.core.leadership import Fence, NoFence
+from agentfleet.errors import BackendError, DeadlineExceeded, NotLeader
+from agentfleet.fencing import Fenced
+from agentfleet.instances import Isolation
 from agentfleet.retries import transient
 
-Outcome = Callable[[str, str, BackendError | DeadlineExceeded | None, float], None]
+Failure = BackendError | DeadlineExceeded | NotLeader
+Outcome = Callable[[str, str, Failure | None, float], None]
 """Called with the action's name, the instance's id, the final error if it failed, and the seconds it took."""
 
 
@@ -34,6 +39,7 @@ class Actuator:
         on_done: Told of each action's end, successful or not.
         concurrency: Actions at one time.
         deadline: Seconds that the engine may take to accept one attempt.
+        fence: Asked before each attempt; who does not lead drops the action.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class Actuator:
         on_done: Outcome,
         concurrency: int = 64,
         deadline: float = 30.0,
+        fence: Fence | None = None,
     ) -> None:
         self._backend = backend
         self._fleet = fleet
@@ -54,6 +61,7 @@ class Actuator:
         self._on_done = on_done
         self._concurrency = concurrency
         self._deadline = deadline
+        self._fence: Fence = NoFence() if fence is None else fence
         self._limiter: anyio.CapacityLimiter | None = None
         self._tasks: TaskGroup | None = None
         self.busy: dict[str, str] = {}
@@ -88,6 +96,11 @@ class Actuator:
         """Begin to restart an instance in place."""
         self._begin("restart", id, lambda: self._backend.restart(self._fleet, id, grace=grace))
 
+    def isolate(self, id: str, isolation: Isolation) -> None:
+        """Begin to have the engine let go of an instance that stays; only where it keeps fleets by itself."""
+        backend = cast("WorkloadBackend", self._backend)
+        self._begin("isolate", id, lambda: backend.isolate(self._fleet, id, isolation=isolation))
+
     def _begin(self, name: str, id: str, call: Callable[[], Awaitable[None]]) -> None:
         assert self._tasks is not None, "bind() comes first"
         if id in self.busy:
@@ -98,14 +111,14 @@ class Actuator:
 
     async def _run(self, name: str, id: str, call: Callable[[], Awaitable[None]]) -> None:
         assert self._limiter is not None
-        error: BackendError | DeadlineExceeded | None = None
+        error: Failure | None = None
         began = self._clock.now()
         async with self._limiter:
             try:
                 async for attempt in transient(self._clock, self._rng):
                     with attempt:
                         await self._once(name, id, call)
-            except (BackendError, DeadlineExceeded) as failed:
+            except (BackendError, DeadlineExceeded, NotLeader) as failed:
                 error = failed
         del self.busy[id]
         following = self._next.pop(id, None)
@@ -113,11 +126,16 @@ class Actuator:
             self._begin(following[0], id, following[1])
         self._on_done(name, id, error, self._clock.now() - began)
 
+    def _writing(self) -> AbstractContextManager[object]:
+        """Around one attempt; a backend that makes many requests of it fences each of them by itself."""
+        return nullcontext() if isinstance(self._backend, Fenced) else self._fence.writing(self._deadline)
+
     async def _once(self, name: str, id: str, call: Callable[[], Awaitable[None]]) -> None:
         try:
-            with anyio.fail_after(self._deadline):
+            self._fence.ensure()
+            with anyio.fail_after(self._deadline), self._writing():
                 await call()
-        except (BackendError, DeadlineExceeded):
+        except (BackendError, DeadlineExceeded, NotLeader):
             raise
         except TimeoutError as error:
             raise DeadlineExceeded(

@@ -73,9 +73,11 @@ class Proposal:
     disruption: Disruption
     member: Member
     wish: Wish | None = None
-    """The remedy, if recovery wants it; otherwise the instance is to be removed."""
+    """The remedy, if there is to be one; otherwise the instance is to go."""
+    going: str = "remove"
+    """In which way it goes."""
 
     @property
     def action(self) -> str:
         """What would be done."""
-        return "remove" if self.wish is None else self.wish.remedy.value
+        return self.going if self.wish is None else self.wish.remedy.value

@@ -9,7 +9,7 @@ only after it has been offered its configuration.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,14 +19,17 @@ from anyio.abc import TaskGroup
 from agentfleet.clock import Clock
 from agentfleet.configstore import ConfigStore
 from agentfleet.desk import Record
-from agentfleet.errors import ConfigError, DeadlineExceeded
+from agentfleet.errors import BackendError, ConfigError, DeadlineExceeded, NotLeader, SpecError
 from agentfleet.instances import Instance
 from agentfleet.signals.http import HttpError, Requests
 from agentfleet.stores.config import ConfigRevision
+from agentfleet.stores.config_memory import MemoryConfig
 from agentfleet.stores.journal import Journal
 
 STATE = "state.config"
 """Kind of the event that remembers the newest revision."""
+Keep = Callable[[int, Any], Awaitable[None]]
+"""`keep(revision, document)`: has the engine keep a document; raises like `backends.base.ConfigKeeping.configure`."""
 PUSH_TIMEOUT = 5.0
 """Seconds that an agent may take to acknowledge."""
 RETRY = (0.2, 5.0)
@@ -58,6 +61,7 @@ class ConfigFeed:
         record: Writes events.
         credential: The bearer token of an instance.
         on_met: Told when an instance has answered its first push.
+        keep: Has the engine keep the newest revision, too, where instances may read it.
         concurrency: Pushes under way at one time.
     """
 
@@ -71,6 +75,7 @@ class ConfigFeed:
         record: Record,
         credential: Callable[[str], str | None],
         on_met: Callable[[str], None],
+        keep: Keep | None = None,
         concurrency: int = 128,
     ) -> None:
         self._store = store
@@ -80,6 +85,8 @@ class ConfigFeed:
         self._record = record
         self._credential = credential
         self._on_met = on_met
+        self._keep = keep
+        self._newest: ConfigRevision | None = None
         self._concurrency = concurrency
         self._limiter: anyio.CapacityLimiter | None = None
         self._tasks: TaskGroup | None = None
@@ -102,6 +109,7 @@ class ConfigFeed:
     def restore(self, revision: ConfigRevision) -> None:
         """Take up what an earlier manager delivered last (see `remembered`)."""
         self.revision = revision.revision
+        self._newest = revision
         self._body = _body(revision)
 
     async def run(self) -> None:
@@ -110,6 +118,8 @@ class ConfigFeed:
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             try:
+                if self._keep is not None:
+                    tasks.start_soon(self._keep_newest, self._keep, name=f"keep config {self._key}")
                 for id in tuple(self._targets):
                     self._begin(id)
                 while True:
@@ -131,6 +141,7 @@ class ConfigFeed:
             for target in self._targets.values():
                 target.met = True
         self.revision = revision.revision
+        self._newest = revision
         self._body = _body(revision)
         self._published_at = self._clock.now()
         self._latencies.clear()
@@ -140,6 +151,25 @@ class ConfigFeed:
         for id in self._targets:
             self._begin(id)
         self._check_done()
+
+    async def _keep_newest(self, keep: Keep) -> None:
+        """Have the engine keep the newest revision, however often that takes; the first failure of each is told."""
+        kept = told = 0
+        while True:
+            newest = self._newest
+            if newest is None or newest.revision == kept:
+                await self._moved.wait()
+                continue
+            try:
+                await keep(newest.revision, newest.document)
+            except (BackendError, DeadlineExceeded, NotLeader, SpecError) as error:
+                if told != newest.revision:
+                    self._record("config.not_kept", data={"revision": newest.revision, "error": str(error)})
+                told = newest.revision
+                if not isinstance(error, SpecError):  # which repeating does not make right
+                    await self._clock.sleep(RETRY[1])
+                    continue
+            kept = newest.revision
 
     def feed(self, instance: Instance, *, adopted: bool = False) -> None:
         """Deliver to this instance from now on; a restarted one is fed again.
@@ -250,6 +280,17 @@ def remembered(journal: Journal, fleet: str) -> ConfigRevision | None:
     """The configuration that an earlier manager delivered last."""
     found = journal.last_state(fleet, STATE)
     return None if found is None else ConfigRevision(**found.data)
+
+
+async def catch_up(store: MemoryConfig | None, journal: Journal, fleet: str) -> None:
+    """Have a store in memory know what another manager has published since; None: the store is not ours."""
+    known = remembered(journal, fleet)
+    if store is None or known is None:
+        return
+    newest = await store.newest(fleet)
+    present = 0 if newest is None else newest.revision
+    if present < known.revision:
+        await store.append(known, expect=present)
 
 
 def _body(revision: ConfigRevision) -> bytes:

@@ -15,22 +15,25 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from pydantic import BaseModel
 
 from agentfleet import outcome
+from agentfleet.acting import InstanceOperations
 from agentfleet.autoscaler import MetricSource
 from agentfleet.backends.base import Backend, WorkloadBackend
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.configstore import ConfigStore
 from agentfleet.core.governor import Cause
+from agentfleet.core.leadership import LeasePolicy
 from agentfleet.core.reason import Reason
 from agentfleet.dispatch import Dispatcher
 from agentfleet.errors import ConfigInvalid, JournalError, OperationRefused, SpecError
-from agentfleet.feed import remembered
-from agentfleet.reader import FleetReader
+from agentfleet.feed import catch_up, remembered
+from agentfleet.reign import Reign
 from agentfleet.runtime import Runtime
 from agentfleet.signals.http import HttpClient
 from agentfleet.signals.probes import Prober
@@ -39,12 +42,13 @@ from agentfleet.specs import AgentTemplate, FleetSpec
 from agentfleet.state import FleetState, Revision, first_state
 from agentfleet.stores.config_memory import MemoryConfig
 from agentfleet.stores.journal import Journal
+from agentfleet.stores.leases import LeaseStore
 from agentfleet.stores.memory_journal import MemoryJournal
 from agentfleet.telemetry import Telemetry
 from agentfleet.waiting import Timeout, period_of, timeout_of
 
 
-class Fleet(FleetReader):
+class Fleet(InstanceOperations):
     """A fleet of agents: deploy it, and it is kept as its spec says.
 
     Args:
@@ -59,6 +63,11 @@ class Fleet(FleetReader):
         telemetry: Prometheus metrics of what happens; one of its own when omitted. Several fleets may share one.
         usage_period: Time between measurements of what instances use, in seconds or like "5s".
         seed: Makes instance ids and jitter reproducible.
+        leases: Where the fleet's lease is kept, when several managers share it: only the one that holds it acts, and
+            the others raise `NotLeader` until their turn comes; see `leading`. They share the journal. None: this
+            manager is alone.
+        identity: How the other managers see this one; the host's name when omitted.
+        lease_policy: How fast the lease changes hands.
 
     A `timeout` is a number of seconds, a duration like "30s", or None for no deadline; anything else is refused with
     `SpecError` before anything is changed. It bounds the waiting alone: what was asked for goes on.
@@ -80,6 +89,9 @@ class Fleet(FleetReader):
         telemetry: Telemetry | None = None,
         usage_period: float | str = 5.0,
         seed: int | None = None,
+        leases: LeaseStore | None = None,
+        identity: str | None = None,
+        lease_policy: LeasePolicy | None = None,
     ) -> None:
         if not isinstance(spec, FleetSpec):
             raise SpecError(f"spec must be a FleetSpec, not {type(spec).__name__}; see FleetSpec.from_yaml")
@@ -96,12 +108,14 @@ class Fleet(FleetReader):
         self.clock: Clock = clock or SystemClock()
         self.telemetry = telemetry if telemetry is not None else Telemetry()
         self.journal: Journal = self.telemetry.observing(journal if journal is not None else MemoryJournal())
+        records: MemoryConfig | None = None
         if config is None:  # what the journal remembers is there again
             known = remembered(self.journal, self.name)
             records = MemoryConfig(revisions=() if known is None else (known,))
             config = ConfigStore(records, journal=self.journal, clock=self.clock)
         self.config = config
-        self._runtime = Runtime(
+        make = partial(
+            Runtime,
             spec,
             backend=backend,
             journal=self.journal,
@@ -114,15 +128,25 @@ class Fleet(FleetReader):
             usage_period=period_of(usage_period, "usage_period"),
             seed=seed,
         )
+        self._reign = Reign(
+            make,
+            backend=backend,
+            leases=leases,
+            identity=identity,
+            policy=lease_policy,
+            clock=clock,
+            telemetry=self.telemetry,
+            before=partial(catch_up, records, self.journal, self.name),
+        )
 
     async def __aenter__(self) -> Self:
-        await self._runtime.__aenter__()
+        await self._reign.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        return await self._runtime.__aexit__(kind, error, trace)
+        return await self._reign.__aexit__(kind, error, trace)
 
     # ------------------------------------------------------------------------------------------ operations
 
@@ -149,7 +173,7 @@ class Fleet(FleetReader):
         else:
             if spec.template != state.applied_template:
                 state = state.with_revision(spec.template, "deploy", now, spec.rollout.keep_revisions)
-            if spec.replicas != state.applied_replicas:
+            if spec.replicas != state.applied_replicas and not self._runtime.engine_scales:
                 state = replace(state, replicas=spec.replicas)
             state = replace(state, applied_template=spec.template, applied_replicas=spec.replicas).tried_again(now)
             self._set(state, "fleet.deployed", replicas=state.replicas, revision=state.target)
@@ -241,9 +265,10 @@ class Fleet(FleetReader):
 
         Raises:
             SpecError: Not a whole number, negative, or outside the scaling policy's bounds.
-            OperationRefused: The fleet is not deployed.
+            OperationRefused: The fleet is not deployed, or the cluster's own autoscaler keeps its size.
         """
         self._runtime.deployed()
+        self._runtime.check_scalable()
         if type(replicas) is not int or not 0 <= replicas <= 1_000_000:  # True is an int, and no size
             raise SpecError(f"replicas must be a whole number from 0 to 1,000,000, not {replicas!r}")
         policy = self.spec.scaling
@@ -315,18 +340,6 @@ class Fleet(FleetReader):
             self._set(replace(self._runtime.deployed(), deleted=True), "fleet.deleted")
         self._runtime.check_open()
         await outcome.emptied(self._runtime, seconds)
-
-    async def restart(self, id: str) -> None:
-        """Restart one instance in place, now; refused when the disruption budget is spent.
-
-        Raises:
-            OperationRefused: No such instance, or the governor holds it; the message says why.
-        """
-        if not isinstance(id, str):
-            raise SpecError(f"id must be the id of an instance, not {id!r:.80}")
-        self._runtime.deployed()
-        self._runtime.turn.restart(id, self.clock.now())
-        self._runtime.wake()
 
     async def configure(
         self,

@@ -25,6 +25,16 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Isolation:
+    """Why an instance was set apart for examination, and for how long. Times are seconds since the epoch."""
+
+    since: float
+    reason: str
+    until: float | None = None
+    """When it is ended by itself; None is not before it is released."""
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One incarnation of an agent, as its backend last saw it. Times are seconds since the epoch."""
 
@@ -49,6 +59,8 @@ class Instance:
     restarts: int = 0
     exit_code: int | None = None
     """Of the last process that ended; negative is the signal that killed it, None is unknown."""
+    isolated: Isolation | None = None
+    """Set while it is kept for examination only: no work, no place in the fleet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ class Meter:
         state, view, telemetry = self._desk.state, self._desk.view, self._telemetry
         counts = view.total_counts()
         by_condition = {each.value: getattr(counts, each.value) for each in EXPENDABLE}
-        telemetry.set_instances(self._name, {**by_condition, "draining": view.draining})
+        telemetry.set_instances(self._name, {**by_condition, "draining": view.draining, "isolated": len(view.isolated)})
         telemetry.set_desired(self._name, state.desired if state is not None else 0)
         telemetry.set_rollout(self._name, _rollout_word(state))
         telemetry.observe_turn(self._name, seconds)

@@ -94,8 +94,12 @@ class Observer:
 
     def _put(self, instance: Instance) -> None:
         known = self._view.members.get(instance.id)
+        instance = self._turn.isolations.seen(instance)
         if instance.slot == NO_SLOT:
-            slot = self._turn.sizing.place() if known is None else known.instance.slot
+            slot = NO_SLOT if known is None else known.instance.slot
+            returned = known is not None and known.instance.isolated is not None and instance.isolated is None
+            if instance.isolated is None and (slot == NO_SLOT or returned):  # an isolated one holds no place
+                slot = self._turn.sizing.place()
             instance = replace(instance, slot=slot)
         before = None if known is None else known.condition
         was = None if known is None else known.instance
@@ -127,6 +131,7 @@ class Observer:
         if member is None:
             return
         self._forget_health(id)
+        self._turn.isolations.gone(id)
         self._doubted.pop(id, None)
         self._record("instance.removed", id, {"slot": member.instance.slot})
         self._turn.moved(member)

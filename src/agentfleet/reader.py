@@ -15,7 +15,8 @@ from agentfleet.display import Report, table
 from agentfleet.endpoints import Endpoints
 from agentfleet.events import Event
 from agentfleet.health import HealthMonitor
-from agentfleet.instances import Instance
+from agentfleet.instances import Instance, Isolation
+from agentfleet.reign import Reign
 from agentfleet.runtime import Runtime
 from agentfleet.state import FleetState, Revision
 from agentfleet.view import FleetView, Member
@@ -41,7 +42,29 @@ _COLUMNS = (
 class FleetReader:
     """What a fleet shows of itself. Values are as last seen; reading them waits for nothing, but for `logs`."""
 
-    _runtime: Runtime
+    _reign: Reign
+
+    @property
+    def _runtime(self) -> Runtime:
+        """The fleet's parts and loops; others in each term of a lease."""
+        return self._reign.runtime
+
+    @property
+    def leads(self) -> bool:
+        """Whether this manager may act now; without `leases`, whether it is open."""
+        return self._reign.leads
+
+    async def leading(self, *, timeout: Timeout = None) -> None:
+        """Wait until this manager leads the fleet and has taken over what its predecessor left.
+
+        Args:
+            timeout: How long to wait, in seconds or like "30s"; None waits for as long as it takes.
+
+        Raises:
+            OperationRefused: The fleet is not open, or was closed meanwhile.
+            DeadlineExceeded: `timeout` is over; it still stands for the lease.
+        """
+        await self._reign.until_leading(timeout_of(timeout))
 
     @property
     def state(self) -> FleetState | None:
@@ -69,6 +92,13 @@ class FleetReader:
         """Every instance that exists, as last seen."""
         return tuple(member.instance for member in self.view.members.values())
 
+    @property
+    def isolated(self) -> Mapping[str, Isolation]:
+        """The instances that are set apart for examination, by id: since when, until when, and why."""
+        members = (self.view.members[id] for id in self.view.isolated)
+        found = ((member.instance.id, member.instance.isolated) for member in members)
+        return {id: isolation for id, isolation in found if isolation is not None}
+
     def endpoints(self) -> Endpoints:
         """A live view of the instances that work may be sent to."""
         return self._runtime.endpoints
@@ -86,6 +116,7 @@ class FleetReader:
             "sick": counts.sick,
             "dead": counts.dead,
             "draining": self.view.draining,
+            "isolated": len(self.view.isolated),
             "revision": state.target if state else None,
             "version": state.template.version if state else None,
             "rolling": bool(state and state.rolling),

@@ -89,7 +89,7 @@ class Repair:
             grace=desk.spec.health.startup if _is_behind(member) else 0.0,
             late_at=instance.created_at + desk.spec.rollout.progress_deadline if _is_behind(member) else None,
             placed=member.condition is not Condition.PENDING,
-            other_nodes=self._other_nodes(instance.node),
+            other_nodes=self.other_nodes(instance.node),
             revision_sick=(counts.sick + counts.dead) / max(1, counts.total),
             crowd=self._recovery.hopeless / max(1, desk.spec.recovery.budget(state.desired)),
             can_roll_back=instance.revision == state.target
@@ -97,7 +97,8 @@ class Repair:
             and not state.rollout.is_rollback,
         )
 
-    def _other_nodes(self, node: str | None) -> bool:
+    def other_nodes(self, node: str | None) -> bool:
+        """Whether an instance could run on another node than this one."""
         return any(each.ready and each.schedulable and each.name != node for each in self._desk.nodes.values())
 
     def proposals(self, taken: Collection[int], now: float) -> Iterator[Proposal]:

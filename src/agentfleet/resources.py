@@ -84,7 +84,7 @@ def _seen(member: Member) -> ScalingMember:
     return ScalingMember(
         id=instance.id,
         phase=MemberPhase.PENDING if condition is Condition.PENDING else MemberPhase.RUNNING,
-        deleting=condition is Condition.DRAINING,
+        deleting=condition in (Condition.DRAINING, Condition.ISOLATED),
         ready=ready,
         ready_changed_at=changed,
         started_at=instance.started_at,

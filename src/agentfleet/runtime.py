@@ -19,21 +19,22 @@ from types import TracebackType
 from typing import Any, Self
 
 import anyio
+from anyio.abc import TaskGroup
 
-from agentfleet.actuator import Actuator
+from agentfleet.actuator import Actuator, Failure
 from agentfleet.autoscaler import Autoscaler, MetricSource, ScaleTarget
-from agentfleet.backends.base import Engine, WorkloadBackend
+from agentfleet.backends.base import Announcing, ConfigKeeping, Engine, SizeKeeping, WorkloadBackend
 from agentfleet.clock import Clock
 from agentfleet.configstore import ConfigStore
 from agentfleet.core.health import Verdict
+from agentfleet.core.leadership import Fence, NoFence
 from agentfleet.core.reason import Reason
-from agentfleet.core.recovery import RecoveryMemory
 from agentfleet.desk import Desk
-from agentfleet.disruptions import InFlight
 from agentfleet.endpoints import Endpoints
-from agentfleet.errors import AgentFleetError, BackendError, BackendUnavailable, DeadlineExceeded, OperationRefused
+from agentfleet.errors import AgentFleetError, BackendUnavailable, NotLeader, OperationRefused
 from agentfleet.events import Event
-from agentfleet.feed import ConfigFeed, remembered
+from agentfleet.feed import ConfigFeed
+from agentfleet.fencing import Fenced, FencedJournal, FencedRequests, allows
 from agentfleet.health import HealthMonitor
 from agentfleet.instances import AgentStatus, Instance, Phase
 from agentfleet.loops import end_loops, only_error
@@ -41,6 +42,7 @@ from agentfleet.meter import Meter
 from agentfleet.observer import Observer
 from agentfleet.postmortem import Postmortem
 from agentfleet.recovery import Recovery
+from agentfleet.restoring import restore, restore_slots
 from agentfleet.signals.http import HttpClient, Requests
 from agentfleet.signals.probes import Prober
 from agentfleet.sizing import Sizing
@@ -49,12 +51,14 @@ from agentfleet.state import FleetState
 from agentfleet.stores.journal import Journal
 from agentfleet.telemetry import Telemetry
 from agentfleet.turn import Turn
-from agentfleet.view import SERVING, FleetView
+from agentfleet.view import SERVING, Condition, FleetView
 from agentfleet.waiting import Waiting
 from agentfleet.workload import WorkloadSizing
 
 SYNC_DEADLINE = 60.0
 """Seconds for the backend's first whole picture."""
+_LAPSED = 0.2
+"""Seconds between two looks whether a lease that has lapsed was renewed."""
 
 
 class Runtime:
@@ -74,10 +78,16 @@ class Runtime:
         telemetry: Telemetry,
         usage_period: float,
         seed: int | None,
+        fence: Fence | None = None,
+        standby: bool = False,
     ) -> None:
         self.name = spec.name
         self.backend = backend
-        self.journal = journal
+        self.fence: Fence = NoFence() if fence is None else fence
+        self._alone = fence is None
+        self._standby = standby
+        self._announce = backend.announce if isinstance(backend, Announcing) else None
+        self.journal = journal if fence is None else FencedJournal(journal, fence)
         self.telemetry = telemetry
         self.clock = clock
         self.http = HttpClient()
@@ -91,10 +101,16 @@ class Runtime:
 
         rng = random.Random(seed if seed is not None else os.urandom(16))  # noqa: S311 - names and jitter, no secrets
         view = FleetView(min_ready=spec.rollout.min_ready, on_serving=self._serving_changed)
-        actuator = Actuator(backend, self.name, clock=clock, rng=rng, on_done=self._action_done)
+        actuator = Actuator(backend, self.name, clock=clock, rng=rng, on_done=self._action_done, fence=self.fence)
         self.desk = Desk(spec, view, actuator, self.record, rng)
         self.recovery = Recovery(spec.recovery)
-        sizing = WorkloadSizing(self.desk) if isinstance(backend, WorkloadBackend) else Sizing(self.desk)
+        self.engine_scales = isinstance(backend, SizeKeeping) and backend.keeps_size(spec)
+        """Whether the size is the engine's own to decide."""
+        sizing = (
+            WorkloadSizing(self.desk, engine_scales=self.engine_scales)
+            if isinstance(backend, WorkloadBackend)
+            else Sizing(self.desk)
+        )
         self.turn = Turn(self.desk, self.recovery, sizing)
         self.endpoints = Endpoints(view, credential=self._credential, admits=self._is_configured)
         self.monitor = HealthMonitor(
@@ -110,11 +126,12 @@ class Runtime:
         self.feed = ConfigFeed(
             config,
             self.name,
-            http=_own_network(backend) or self.http,
+            http=FencedRequests(_own_network(backend) or self.http, self.fence),
             clock=clock,
             record=self.record,
             credential=self._credential,
             on_met=self.endpoints.refresh,
+            keep=self._keep_config if isinstance(backend, ConfigKeeping) else None,
         )
         self.autoscaler: Autoscaler | None = None
         self.meter = Meter(
@@ -125,14 +142,18 @@ class Runtime:
             lag=lambda: self.monitor.statistics().lag_p99,
             period=usage_period,
         )
-        if spec.scaling is not None:
+        if spec.scaling is not None and not self.engine_scales:
             sources = {**self.meter.sources, **metrics}
-            self.autoscaler = Autoscaler(spec.scaling, target, sources, clock=clock, journal=journal, name=self.name)
+            self.autoscaler = Autoscaler(
+                spec.scaling, target, sources, clock=clock, journal=self.journal, name=self.name
+            )
 
     # ------------------------------------------------------------------------------------------ life
 
     def check_open(self) -> None:
-        """Raise `OperationRefused` unless the fleet is open."""
+        """Raise `OperationRefused` unless the fleet is open, `NotLeader` unless it may be acted upon now."""
+        if self._was_opened:
+            self.fence.ensure()
         if self._open:
             return
         if self._was_opened:
@@ -150,6 +171,14 @@ class Runtime:
             raise OperationRefused(f"fleet {self.name} is not deployed; await fleet.deploy() first")
         return state
 
+    def check_scalable(self) -> None:
+        """Raise `OperationRefused` where the size is the engine's own to decide."""
+        if self.engine_scales:
+            raise OperationRefused(
+                f"fleet {self.name} is scaled by the cluster's own autoscaler, which would undo this: deploy a spec"
+                " with other scaling.min_replicas and scaling.max_replicas, or without template.kubernetes.autoscaler"
+            )
+
     async def __aenter__(self) -> Self:
         if self._open:
             raise OperationRefused(f"fleet {self.name} is open already")
@@ -157,10 +186,13 @@ class Runtime:
             self.check_open()
         self._was_opened = True
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.backend)
+            if self._alone:  # else it is open, and outlasts the terms
+                await stack.enter_async_context(self.backend)
             stack.push_async_callback(self.http.aclose)
             await stack.enter_async_context(self.monitor)
-            self._restore()
+            if not self._standby:
+                self._fence_backend()
+                self.first_seq = restore(self.journal, self.desk, self.turn, self.feed, self.clock.now())
             tasks = anyio.create_task_group()
             await tasks.__aenter__()
             stack.push_async_exit(partial(end_loops, tasks))
@@ -168,20 +200,31 @@ class Runtime:
             self.postmortem.bind(tasks)
             tasks.start_soon(self._observe, name=f"observe {self.name}")
             await self._first_picture()
-            tasks.start_soon(self._turns, name=f"turns {self.name}")
-            tasks.start_soon(self.meter.run, name=f"usage {self.name}")
-            tasks.start_soon(self.feed.run, name=f"config {self.name}")
-            if self.autoscaler is not None:
-                tasks.start_soon(self._scale_when_running, name=f"autoscaler {self.name}")
+            if not self._standby:
+                restore_slots(self.journal, self.desk, self.turn, self.recovery)
+                self._act(tasks)
             self._stack = stack.pop_all()
         self._open = True
         return self
+
+    def _act(self, tasks: TaskGroup) -> None:
+        """Begin to take turns."""
+        tasks.start_soon(self._turns, name=f"turns {self.name}")
+        tasks.start_soon(self.meter.run, name=f"usage {self.name}")
+        tasks.start_soon(self.feed.run, name=f"config {self.name}")
+        if self.autoscaler is not None:
+            tasks.start_soon(self._scale_when_running, name=f"autoscaler {self.name}")
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         self._open = False
-        self.waiting.close()
+        try:
+            self.fence.ensure()
+        except NotLeader as deposed:
+            self.waiting.close(deposed)
+        else:
+            self.waiting.close()
         try:
             return await self._stack.__aexit__(kind, error, trace)
         except BaseExceptionGroup as group:
@@ -190,23 +233,6 @@ class Runtime:
                 raise cause from group
             raise
 
-    def _restore(self) -> None:
-        """Take up what an earlier manager left in the journal."""
-        state = self.journal.last_state(self.name, "state.fleet")
-        data = {} if state is None else {"revision": state.data["target"], "replicas": state.data["replicas"]}
-        self.first_seq = self.record("manager.started", data=data).seq
-        if state is None:
-            return
-        self.desk.rng.seed(f"{self.desk.rng.random()}/{self.first_seq}")  # the same seed, but never the same ids again
-        restored = FleetState.from_dict(dict(state.data))
-        progress = self.journal.last_state(self.name, "state.progress")
-        if progress is not None and progress.seq > state.seq:
-            restored = restored.with_progress(progress.data)
-        self.turn.restore(restored.taken_over(self.clock.now()))
-        config = remembered(self.journal, self.name)
-        if config is not None:
-            self.feed.restore(config)
-
     async def _first_picture(self) -> None:
         """Wait for the backend's first whole picture: before it, nothing may be decided."""
         with anyio.move_on_after(SYNC_DEADLINE) as scope:
@@ -214,25 +240,6 @@ class Runtime:
                 await self.waiting.pulse()
         if scope.cancelled_caught:
             raise BackendUnavailable(f"the backend showed no picture of fleet {self.name} within {SYNC_DEADLINE:g} s")
-        if self.desk.state is None:
-            return
-        slots = {member.instance.slot for member in self.desk.view.members.values()}
-        # an empty place has its history, too; the surge of a rollout may have put it beyond the wanted size
-        self._restore_slots(sorted(slots.union(range(2 * self.desk.state.desired))))
-
-    def _restore_slots(self, slots: Sequence[int]) -> None:
-        """Take up what was tried in each slot, and which of them are out of service by our own doing."""
-        book: list[InFlight] = []
-        for slot in slots:
-            found = self.journal.last_state(self.name, f"state.recovery.{slot}")
-            memory = RecoveryMemory() if found is None else RecoveryMemory.from_dict(dict(found.data))
-            if memory != RecoveryMemory():
-                self.recovery.restore(slot, memory)
-                self.turn.sizing.vacate(slot)
-            entry = self.journal.last_state(self.name, f"state.disruption.{slot}")
-            if entry is not None and entry.data:
-                book.append(InFlight.from_dict(slot, entry.data))
-        self.desk.disruptions.restore(book)
 
     # ------------------------------------------------------------------------------------------ the loops
 
@@ -249,6 +256,12 @@ class Runtime:
     async def _turns(self) -> None:
         while True:
             self._wake = anyio.Event()
+            if not allows(self.fence):  # the term goes on, or it ends and these loops with it
+                with anyio.move_on_after(_LAPSED):
+                    await self._wake.wait()
+                continue
+            if isinstance(self.journal, FencedJournal):
+                self.journal.settle()
             began = time.perf_counter()
             due = self.turn.take(self.clock.now())
             self.meter.note_turn(time.perf_counter() - began)
@@ -270,16 +283,18 @@ class Runtime:
         while True:
             await self.clock.sleep(self.autoscaler.policy.period)
             state = self.desk.state
-            if state is not None and state.running and not state.deleted:
+            if state is not None and state.running and not state.deleted and allows(self.fence):
                 await self.autoscaler.step()
 
     # ------------------------------------------------------------------------------------------ what comes in
 
     def _watch_health(self, instance: Instance) -> None:
+        if self._standby:
+            return  # it is probed by who leads
         self.monitor.observe(instance)
-        if instance.phase is Phase.RUNNING:
+        if instance.phase is Phase.RUNNING and instance.isolated is None:
             self.feed.feed(instance, adopted=not self._observer.synced)
-        elif instance.phase in (Phase.DRAINING, Phase.EXITED):
+        elif instance.isolated is not None or instance.phase in (Phase.DRAINING, Phase.EXITED):
             self.feed.forget(instance.id)
         self.endpoints.refresh(instance.id)
 
@@ -301,9 +316,11 @@ class Runtime:
         member = self.desk.view.members.get(id)
         if member is not None and member.condition in SERVING:
             self.feed.feed(member.instance)  # it answers now: no reason to wait with its configuration
+        elif member is not None and member.condition is Condition.ISOLATED:
+            self.feed.forget(id)  # it is not to be changed any more, and nobody is to wait for its answer
         self.endpoints.refresh(id)
 
-    def _action_done(self, action: str, id: str, error: BackendError | DeadlineExceeded | None, seconds: float) -> None:
+    def _action_done(self, action: str, id: str, error: Failure | None, seconds: float) -> None:
         if error is None:
             self.telemetry.observe_action(self.name, action, seconds)
             self.turn.succeeded(action, id)
@@ -329,9 +346,24 @@ class Runtime:
     ) -> Event:
         """Journal one event of this fleet."""
         written = tuple(reason.to_dict() for reason in reasons)
-        event = self.journal.append(Event(self.clock.now(), self.name, kind, instance, data or {}, written))
+        event = Event(self.clock.now(), self.name, kind, instance, data or {}, written)
+        if self._standby:
+            return event
+        event = self.journal.append(event)
         self.postmortem.note(event)
+        if self._announce is not None and allows(self.fence):
+            self._announce(event)
         return event
+
+    def _fence_backend(self) -> None:
+        """Let a backend that fences its own requests know in which term they are made."""
+        if isinstance(self.backend, Fenced) and not self._alone:
+            self.backend.fenced(self.name, self.fence)
+
+    async def _keep_config(self, revision: int, document: Any) -> None:
+        assert isinstance(self.backend, ConfigKeeping), "the feed was told so"
+        self.fence.ensure()
+        await self.backend.configure(self.desk.spec, revision, document)
 
     def _is_configured(self, id: str) -> bool:
         return self.feed.met(id)

@@ -66,6 +66,11 @@ class Sizing:
             self._failures[action] = 0
 
     @property
+    def must_be_told(self) -> bool:
+        """Whether an isolated instance still fills a place for the engine until the engine is told."""
+        return False
+
+    @property
     def pending(self) -> bool:
         """Whether a wanted size waits for the next turn."""
         return bool(self._intents)

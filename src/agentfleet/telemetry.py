@@ -54,6 +54,7 @@ METRICS: Mapping[str, Metric] = {
     ),
     "agentfleet_config_rejections": Metric("counter", "Configuration documents refused before storing."),
     "agentfleet_journal_appends": Metric("counter", "Events journaled."),
+    "agentfleet_leading_epoch": Metric("gauge", "Epoch in which this manager leads; 0 while it does not."),
     "agentfleet_journal_errors": Metric("counter", "Events that could not be journaled."),
     "agentfleet_turn_seconds": Metric("histogram", "Time one turn of a fleet's loop took.", ("fleet",), _FAST),
     "agentfleet_prober_lag_seconds": Metric("gauge", "How late the prober is (99th percentile)."),
@@ -228,6 +229,10 @@ class Telemetry:
     def observe_detection(self, fleet: str, seconds: float) -> None:
         """The time from a fault (or its last sign of life) to the verdict."""
         self._histogram("detection_seconds", fleet).observe(seconds)
+
+    def set_leading(self, fleet: str, epoch: int) -> None:
+        """In which epoch this manager leads a fleet that several share; 0 while it does not."""
+        self._gauge("leading_epoch", fleet).set(epoch)
 
     def observe_turn(self, fleet: str, seconds: float) -> None:
         """The time that one turn took."""

@@ -15,13 +15,27 @@ from agentfleet.core.governor import Cause, Disruption, GovernorDecision, Govern
 from agentfleet.core.reason import Reason
 from agentfleet.core.recovery import Remedy
 from agentfleet.desk import Desk, Proposal
-from agentfleet.errors import BackendRefused, BackendUnavailable, Conflict, DeadlineExceeded, OperationRefused
-from agentfleet.instances import Phase
+from agentfleet.errors import (
+    BackendRefused,
+    BackendUnavailable,
+    Conflict,
+    DeadlineExceeded,
+    NotLeader,
+    OperationRefused,
+)
+from agentfleet.instances import Isolation, Phase
+from agentfleet.isolation import Isolations
 from agentfleet.recovery import Recovery, Wish
 from agentfleet.repair import Repair
 from agentfleet.sizing import Sizing
 from agentfleet.state import FleetState
 from agentfleet.view import SERVING, Condition, Member
+
+_DONE = {
+    Remedy.RESTART: "restarted",
+    Remedy.REPLACE: "replaced",
+    Remedy.ELSEWHERE: "replaced elsewhere",
+}
 
 
 class Turn:
@@ -37,6 +51,7 @@ class Turn:
         self._desk = desk
         self.sizing = sizing
         self.repair = Repair(desk, recovery, self.sizing)
+        self.isolations = Isolations(desk, self.sizing)
         self.frozen = False
         self._held: dict[object, str] = {}
         self._recorded: FleetState | None = None
@@ -61,6 +76,8 @@ class Turn:
         """Say that an action was accepted."""
         self.sizing.accepted(action)
         member = self._desk.view.members.get(id)
+        if member is not None and member.instance.isolated is not None:
+            self.isolations.accepted()
         if action == "create" and member is not None:
             self.sizing.placed(member.instance.slot)
         self._touch(id)
@@ -70,13 +87,18 @@ class Turn:
         if action in ("apply", "delete"):
             self.sizing.not_applied(now)
             return
-        self._touch(id, undisturbed=isinstance(error, (BackendRefused, Conflict)))
+        isolated = self._desk.view.members.get(id)
+        if isolated is not None and isolated.instance.isolated is not None:  # its slot is another's by now
+            self._desk.view.keep(id)
+            self.isolations.failed(now)
+            return
+        self._touch(id, undisturbed=isinstance(error, (BackendRefused, Conflict, NotLeader)))
         if action == "create":
             self.sizing.not_created(id, error, now)
             return
         self._desk.view.keep(id)
         member = self._desk.view.members.get(id)
-        if member is not None and isinstance(error, BackendUnavailable | DeadlineExceeded):
+        if member is not None and isinstance(error, BackendUnavailable | DeadlineExceeded | NotLeader):
             self.repair.not_reached(member.instance.slot)
         if action == "stop":
             self.sizing.not_removed(now)
@@ -110,31 +132,72 @@ class Turn:
         for disruption in verdict.admitted:
             self._carry_out(proposals[disruption.slot], verdict, now)
         self.sizing.finish(now)
+        apart = self.isolations.step(now)
         self.save()
-        dates = (ripe, wake, verdict.wake, self.repair.next_due())
+        dates = (ripe, wake, apart, verdict.wake, self.repair.next_due())
         return min((date for date in dates if date is not None), default=None)
 
-    def restart(self, id: str, now: float) -> None:
-        """Restart one instance on an operator's word, if the governor admits it.
+    # ------------------------------------------------------------------------------------------ an operator's word
+
+    def remedy(self, id: str, remedy: Remedy, now: float) -> None:
+        """Restart or replace one instance on an operator's word, if the governor admits it.
 
         Raises:
-            OperationRefused: There is no such instance, it is busy, or it is held.
+            OperationRefused: There is no such instance, it is busy or isolated, or it is held; or there is no other
+                node for it to go to.
         """
-        desk = self._desk
-        member = desk.view.members.get(id)
-        if member is None or member.condition is Condition.DRAINING or id in desk.actuator.busy:
-            raise OperationRefused(f"instance {id} cannot be restarted: it is unknown, leaving, or being acted upon")
-        slot = member.instance.slot
-        wish = Wish(slot, Remedy.RESTART, (Reason("operator.restart", "an operator asked for it"),))
-        if member.instance.phase is not Phase.EXITED:
-            request = Disruption(slot, Cause.OPERATOR, member.condition in SERVING)
-            proposal = Proposal(request, member, wish)
-            verdict = self._govern({slot: proposal}, now, note=False)
-            if verdict.held:
-                raise OperationRefused(f"instance {id} is not restarted now: {verdict.held[0][1]}")
-            self._note_admitted(proposal, verdict)
+        done = _DONE[remedy]
+        member = self._placed(id, done)
+        node, slot = member.instance.node, member.instance.slot
+        if remedy is Remedy.ELSEWHERE and not self.repair.other_nodes(node):
+            where = "an unknown node" if node is None else node
+            raise OperationRefused(
+                f"instance {id} on {where} is not {done}: no other node is ready; without elsewhere=True it is"
+                " replaced wherever there is room"
+            )
+        reason = Reason(f"operator.{remedy.value}", "an operator asked for it")
+        wish = Wish(slot, remedy, (reason,))
+        self._admit(Proposal(Disruption(slot, Cause.OPERATOR, member.condition in SERVING), member, wish), done, now)
         self.repair.apply(wish, member, now)
         self.save()
+
+    def isolate(self, id: str, isolation: Isolation, now: float) -> None:
+        """Set one instance apart on an operator's word, if the governor admits it; raises like `remedy`."""
+        member = self._placed(id, "isolated")
+        slot = member.instance.slot
+        request = Disruption(slot, Cause.OPERATOR, member.condition in SERVING)
+        self._admit(Proposal(request, member, going="isolate"), "isolated", now)
+        self.isolations.begin(member, isolation)
+        self.repair.touch(slot)  # nobody is there any more whom a remedy could help
+        self.save()
+
+    def release(self, id: str, now: float) -> None:
+        """Have an isolated instance end; raises `OperationRefused` when it is not isolated."""
+        member = self._desk.view.members.get(id)
+        if member is None or member.instance.isolated is None:
+            raise OperationRefused(f"instance {id} cannot be released: it is not isolated; see fleet.isolated")
+        self.isolations.release(member, "released", now)
+
+    def _placed(self, id: str, done: str) -> Member:
+        """An instance that can be acted upon."""
+        member = self._desk.view.members.get(id)
+        if member is not None and member.instance.isolated is not None:
+            raise OperationRefused(f"instance {id} cannot be {done}: it is isolated; await fleet.release({id!r}) first")
+        if member is None or member.condition is Condition.DRAINING or id in self._desk.actuator.busy:
+            raise OperationRefused(f"instance {id} cannot be {done}: it is unknown, leaving, or being acted upon")
+        return member
+
+    def _admit(self, proposal: Proposal, done: str, now: float) -> None:
+        """Ask the governor, unless nothing runs there any more."""
+        instance = proposal.member.instance
+        if instance.phase is Phase.EXITED:
+            return
+        verdict = self._govern({proposal.disruption.slot: proposal}, now, note=False)
+        if verdict.held:
+            raise OperationRefused(f"instance {instance.id} is not {done} now: {verdict.held[0][1]}")
+        self._note_admitted(proposal, verdict)
+
+    # ------------------------------------------------------------------------------------------ the governor
 
     def _govern(self, proposals: Mapping[int, Proposal], now: float, *, note: bool = True) -> GovernorDecision:
         desk = self._desk

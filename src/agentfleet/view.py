@@ -33,6 +33,8 @@ class Condition(StrEnum):
     BUSY = "busy"
     DRAINING = "draining"
     """Leaving; it holds no place in the fleet any more."""
+    ISOLATED = "isolated"
+    """Kept for examination only: it holds no place, gets no work, and nothing repairs it."""
 
 
 EXPENDABLE = (
@@ -53,7 +55,7 @@ SERVING = frozenset({Condition.UNKNOWN, Condition.FRESH, Condition.IDLE, Conditi
 GOOD = frozenset({Condition.FRESH, Condition.IDLE, Condition.BUSY})
 """Conditions that are evidence of health."""
 
-_PLACELESS = (None, Condition.DRAINING)
+_PLACELESS = (None, Condition.DRAINING, Condition.ISOLATED)
 
 
 @dataclass(slots=True)
@@ -131,7 +133,8 @@ class FleetView:
 
     Args:
         min_ready: Seconds of health after which an instance counts as available.
-        on_serving: Called with an instance's id whenever it begins or ceases to be worth sending work to.
+        on_serving: Called with an instance's id whenever it begins or ceases to be worth sending work to, and when it
+            is isolated.
     """
 
     def __init__(self, *, min_ready: float = 0.0, on_serving: Callable[[str], None] | None = None) -> None:
@@ -141,11 +144,15 @@ class FleetView:
         self.completed = 0
         """Tasks that this fleet's instances have reported as done while this view watched."""
         self.failed = 0
+        self.informed = False
+        """Whether any instance has ever said what it is busy with."""
         self._min_ready = min_ready
         self._on_serving = on_serving
         self._buckets: dict[int, dict[Condition, dict[str, None]]] = {}
         self.draining = 0
         """How many instances are leaving."""
+        self.isolated: dict[str, None] = {}
+        """Instances that are kept for examination and do not leave yet, in the order in which that was seen."""
         self._slots = Slots()
         self._ripening: list[tuple[float, str]] = []
 
@@ -177,7 +184,7 @@ class FleetView:
         return tuple(sorted(self._buckets))
 
     def holder(self, slot: int) -> Member | None:
-        """Who fills a slot now; draining instances fill none."""
+        """Who fills a slot now; draining and isolated instances fill none."""
         id = self._slots.holder(slot)
         return None if id is None else self.members[id]
 
@@ -275,6 +282,7 @@ class FleetView:
         member = self.members.get(id)
         if member is None:
             return
+        self.informed = True
         self._set_load(member, status.in_flight, status.queue_length)
         self.completed += max(0, status.completed - member.completed)
         self.failed += max(0, status.failed - member.failed)
@@ -320,6 +328,8 @@ class FleetView:
         phase, health = member.instance.phase, member.health
         if member.leaving or (phase is Phase.DRAINING and not member.renewing):
             return Condition.DRAINING
+        if member.instance.isolated is not None:
+            return Condition.ISOLATED
         if phase in (Phase.EXITED, Phase.LOST) or health is HealthState.DEAD:
             return Condition.DEAD
         if phase is Phase.PENDING:
@@ -330,9 +340,8 @@ class FleetView:
             return Condition.SICK
         if member.healthy_since is None or not member.instance.ready:
             return Condition.UNKNOWN if health is HealthState.UNKNOWN else Condition.STARTING
-        if self._min_ready and member.condition not in (Condition.IDLE, Condition.BUSY):
-            return Condition.FRESH
-        return self._worth(member)
+        fresh = self._min_ready and member.condition not in (Condition.IDLE, Condition.BUSY)
+        return Condition.FRESH if fresh else self._worth(member)
 
     def _sort(self, member: Member) -> None:
         condition = self._condition(member)
@@ -346,6 +355,8 @@ class FleetView:
         member.condition = condition
         if condition is Condition.DRAINING:
             self.draining += 1
+        elif condition is Condition.ISOLATED:
+            self.isolated[id] = None
         elif condition is not None:
             bucket = self._buckets.get(member.instance.revision)
             if bucket is None:
@@ -356,12 +367,15 @@ class FleetView:
         if (before in _PLACELESS) is not (condition in _PLACELESS):
             change = self._slots.leave if condition in _PLACELESS else self._slots.take
             change(member.instance.slot, id)
-        if self._on_serving is not None and (before in SERVING) is not (condition in SERVING):
+        turned = (before in SERVING) is not (condition in SERVING) or condition is Condition.ISOLATED
+        if self._on_serving is not None and turned:
             self._on_serving(id)
 
     def _leave_bucket(self, member: Member) -> None:
         if member.condition is Condition.DRAINING:
             self.draining -= 1
+        elif member.condition is Condition.ISOLATED:
+            del self.isolated[member.instance.id]
         elif member.condition is not None:
             bucket = self._buckets[member.instance.revision]
             del bucket[member.condition][member.instance.id]

@@ -49,6 +49,7 @@ class Waiting:
         self._pulse = anyio.Event()
         self._scopes: set[anyio.CancelScope] = set()
         self._closed = False
+        self._refusal: OperationRefused | None = None
 
     async def pulse(self) -> None:
         """Wait for the next beat."""
@@ -79,6 +80,7 @@ class Waiting:
         Raises:
             DeadlineExceeded: It has not come within `timeout` seconds; what was asked for goes on.
             OperationRefused: The fleet was closed before it came.
+            NotLeader: Likewise another manager leads it now.
         """
         with anyio.move_on_after(timeout) as scope:
             self._scopes.add(scope)
@@ -86,12 +88,15 @@ class Waiting:
                 return await wait()
             finally:
                 self._scopes.discard(scope)
+        if self._refusal is not None:
+            raise self._refusal
         if self._closed or timeout is None:
             raise OperationRefused(f"fleet {self._fleet} was closed before {what}; a new Fleet on its journal goes on")
         raise DeadlineExceeded(f"fleet {self._fleet}: waited {timeout:g} s until {what}; it goes on")
 
-    def close(self) -> None:
-        """End every waiting: nothing will come any more."""
+    def close(self, refusal: OperationRefused | None = None) -> None:
+        """End every waiting: nothing will come any more, and `refusal` says why if the fleet is not closed."""
         self._closed = True
+        self._refusal = refusal
         for scope in self._scopes:
             scope.cancel()

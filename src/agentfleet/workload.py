@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from agentfleet.backends.base import Ordered, Workload
+from agentfleet.backends.base import AUTOSCALER, Ordered, Workload
 from agentfleet.core.governor import Cause
 from agentfleet.core.reason import Reason
 from agentfleet.core.rollout import RolloutDecision, RolloutPhase
@@ -23,8 +23,10 @@ from agentfleet.view import Member
 class WorkloadSizing(Sizing):
     """Sizes one fleet and rolls it to its target revision by telling its engine what should be."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, *, engine_scales: bool = False) -> None:
         super().__init__(desk)
+        self._engine_scales = engine_scales
+        """Whether the size of a running fleet is the engine's own to decide."""
         self._known: Ordered | None = None
         """What the engine says that it has been told."""
         self._sent: Workload | None = None
@@ -34,6 +36,11 @@ class WorkloadSizing(Sizing):
         self._yielded: int | None = None
         """The target when somebody else put a strange template in its place, which stays until another is wanted."""
         self._deletion = "none"
+
+    @property
+    def must_be_told(self) -> bool:
+        """The engine counts its instances by itself."""
+        return True
 
     @property
     def settled(self) -> bool:
@@ -46,8 +53,14 @@ class WorkloadSizing(Sizing):
         """Take in what the engine has been told; what others told it is adopted and explained, not fought over."""
         state = self._desk.state
         told = self._sent.replicas if self._sent is not None else 0 if state is None else state.desired
-        self._known = seen
-        if seen.by is None or state is None or state.deleted:
+        first, self._known = self._known is None, seen
+        if state is None or state.deleted:
+            return
+        if self._engine_scales and (seen.by == AUTOSCALER or (first and seen.by is None)):
+            if state.running and seen.replicas and seen.replicas != told:
+                self._follow_size(seen.replicas, told)
+            return
+        if seen.by is None:
             return
         if seen.replicas != told:
             self._adopt_size(state, seen, told)
@@ -56,6 +69,13 @@ class WorkloadSizing(Sizing):
             self._desk.state = replace(self._desk.wanted, paused=seen.paused)
         if state.target not in {seen.revision, self._yielded}:
             self._adopt_revision(seen)
+
+    def _follow_size(self, now: int, before: int) -> None:
+        """The engine's own autoscaler has set another size: that is what it is for."""
+        if self._sent is not None:
+            self._sent = replace(self._sent, replicas=now)
+        text = f"{AUTOSCALER} has set the size, which this fleet's spec leaves to it"
+        self.offer(Intent(Cause.SCALING, now, (Reason("scaling.cluster", text, {"before": before, "now": now}),)))
 
     def _adopt_size(self, state: FleetState, seen: Ordered, told: int) -> None:
         reason = self._note_foreign(seen, "scaled", before=told, now=seen.replicas)
@@ -87,7 +107,8 @@ class WorkloadSizing(Sizing):
     def step(self, now: float) -> tuple[RolloutDecision, float | None]:
         """As `Sizing.step`; a revision that somebody else returned to becomes the target first."""
         if self._follow is not None:
-            self._desk.state = self._desk.wanted.with_target(self._follow, now)
+            paused = self._desk.wanted.paused  # somebody's pause holds, whatever else they did
+            self._desk.state = replace(self._desk.wanted.with_target(self._follow, now), paused=paused)
             self._follow = None
         return super().step(now)
 
@@ -152,7 +173,9 @@ class WorkloadSizing(Sizing):
         self._yielded = None
         self._let_others_stay()
         order = self._order(state)
-        if self._sent is None or order != replace(self._sent, expendable=order.expendable):
+        if self._sent is None or order != replace(
+            self._sent, expendable=order.expendable, indifferent=order.indifferent
+        ):
             self._sent, self._accepted = order, False
             self._desk.actuator.apply(order)
 
@@ -167,13 +190,15 @@ class WorkloadSizing(Sizing):
             max(state.desired, min(self._size(), stay)),
             paused=state.paused or (failed and bool(self._old())),  # a failed revision gets no more instances
             expendable=tuple(self._leaving),
+            indifferent=not self._desk.view.informed,
+            resting=None if state.running or state.deleted else state.replicas,
         )
 
     def _let_others_stay(self) -> None:
         """Forget those who have left; if the engine let others go instead, those who were to leave are in service."""
         view = self._desk.view
         self._leaving = {id: None for id in self._leaving if id in view.members}
-        if self._sent is None or not self._accepted or len(view) > self._sent.replicas:
+        if self._sent is None or not self._accepted or len(view) - len(view.isolated) > self._sent.replicas:
             return
         for id in self._sent.expendable:
             if self._leaving.pop(id, self) is None:

@@ -205,7 +205,7 @@ class Watchman:
             self._sized.add("remove")
             if id not in self._missed:
                 self.disrupted.pop(slot, None)  # its place is given up
-        elif kind in ("recovery.replace", "recovery.elsewhere"):
+        elif kind in ("recovery.replace", "recovery.elsewhere") or kind == "instance.released":
             assert id is not None
             self._ordered["stop"].add(id)
         elif kind == "recovery.restart":
@@ -373,7 +373,8 @@ class World:
 
     def as_wanted(self, fleet: Fleet) -> str | None:
         """Why the world is not as the fleet's desired state says; None when it is."""
-        state, seen = fleet.state, self.instances
+        state, isolated = fleet.state, fleet.isolated
+        seen = [each for each in self.instances if each.id not in isolated]
         assert state is not None
         if len(seen) != state.desired:
             return f"{len(seen)} instances exist, {state.desired} are wanted"
@@ -384,9 +385,9 @@ class World:
             return f"not running revision {state.target}: {wrong}"
         if len({each.slot for each in seen}) != len(seen):
             return "two instances have the same slot"
-        if set(self.backend.running(self.name)) != {each.id for each in seen}:
+        if set(self.backend.running(self.name)) - set(isolated) != {each.id for each in seen}:
             return "processes run that nobody sees"
-        view = {id: member.instance for id, member in fleet.view.members.items()}
+        view = {id: member.instance for id, member in fleet.view.members.items() if id not in isolated}
         if view != {each.id: each for each in seen}:
             return "the fleet does not see what is so"
         if fleet.view.total_counts().good != state.desired or fleet.status()["frozen"]:
@@ -450,6 +451,11 @@ class World:
                 if not died(error):
                     raise
             await anyio.sleep(downtime)
+
+
+def placed(fleet: Fleet) -> set[str]:
+    """The instances that hold a place."""
+    return {instance.id for instance in fleet.instances if instance.isolated is None}
 
 
 def died(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from agentfleet.backends.kubernetes.errors import AlreadyExists, Invalid, NotFou
 from agentfleet.backends.kubernetes.lease import KubernetesLeases
 from agentfleet.core.leadership import LeaseRecord
 from agentfleet.errors import BackendUnavailable, Conflict, DeadlineExceeded
-from agentfleet.leadership import LeaseStore
+from agentfleet.stores.leases import LeaseStore
 from agentfleet.testing import run_virtual
 
 PATH = "/apis/coordination.k8s.io/v1/namespaces/agents/leases"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.core.leadership import LeaseDecision, LeasePolicy, LeaseRecord
 from agentfleet.errors import BackendRefused, BackendUnavailable, DeadlineExceeded, NotLeader
-from agentfleet.leadership import BootClock, Leadership, MemoryLeases, Term
+from agentfleet.leadership import BootClock, Leadership, Term
+from agentfleet.stores.leases import MemoryLeases
 from agentfleet.testing import run_virtual, virtual
 
 POLICY = LeasePolicy()

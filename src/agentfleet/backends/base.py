@@ -27,6 +27,8 @@ should be, as a Kubernetes Deployment is, and keeps size and revision by itself;
 2. `watch` also yields `Ordered`, at first and whenever it changes: what the engine has been told, and by whom.
 5. `restart` may end the instance and let another take its place.
 6. The engine fills the places of instances that are gone, and may restart by itself what has exited.
+8. `isolate` has the engine let go of an instance and keep it: it fills the place, sends no work there, shows
+   `Instance.isolated`, and never ends it. `stop` does; `delete` leaves it.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
-from agentfleet.instances import Instance, Node, Usage
+from agentfleet.events import Event
+from agentfleet.instances import Instance, Isolation, Node, Usage
 from agentfleet.specs import AgentTemplate, FleetSpec
 
 
@@ -71,8 +74,11 @@ class Ordered:
     """The fleet's revision; None when what is run is not of the fleet's making."""
     paused: bool = False
     by: str | None = None
-    """Who said so, when it was somebody else."""
+    """Who said so, when it was somebody else; `AUTOSCALER` for the engine's own."""
 
+
+AUTOSCALER = "the cluster's autoscaler"
+"""`Ordered.by` where the engine itself has set the size."""
 
 Observation = Snapshot | Changed | Removed | Ordered
 
@@ -103,6 +109,10 @@ class Workload:
     """Whether its rollout is to stay where it is."""
     expendable: tuple[str, ...] = ()
     """Instances that are to go first when there are too many."""
+    indifferent: bool = False
+    """Whether any other instances may go as well: nothing is known of what they are busy with."""
+    resting: int | None = None
+    """The size to which a stopped fleet returns; None while it is not stopped."""
 
     @property
     def fleet(self) -> str:
@@ -160,6 +170,45 @@ class WorkloadBackend(Engine, Protocol):
         """Have the fleet be so: size, revision, paused or not. Returns when the engine has accepted it."""
         ...
 
+    async def isolate(self, fleet: str, id: str, *, isolation: Isolation) -> None:
+        """Let go of an instance, which stays as it is; raises `InstanceGone` when there is none."""
+        ...
+
     async def delete(self, fleet: str) -> None:
         """Have nothing left of the fleet; already gone is success."""
+        ...
+
+
+# What an engine may be able to do besides; whoever can has the method.
+
+
+@runtime_checkable
+class ConfigKeeping(Protocol):
+    """An engine that can keep a fleet's configuration document where instances read it."""
+
+    async def configure(self, spec: FleetSpec, revision: int, document: Any) -> None:
+        """Keep this document, if the spec asks for that; may be repeated.
+
+        Raises:
+            SpecError: The engine cannot hold it.
+            BackendError: As any action.
+        """
+        ...
+
+
+@runtime_checkable
+class Announcing(Protocol):
+    """An engine that can show its own users what a fleet does and why."""
+
+    def announce(self, event: Event) -> None:
+        """Take on an event of the journal; returns at once and raises nothing. Best effort."""
+        ...
+
+
+@runtime_checkable
+class SizeKeeping(Protocol):
+    """An engine that may scale a fleet by itself, when the fleet's spec leaves that to it."""
+
+    def keeps_size(self, spec: FleetSpec) -> bool:
+        """Whether the size of this fleet is the engine's to decide while the fleet runs."""
         ...

@@ -55,13 +55,13 @@ def path_of(manifest: Manifest) -> str:
     return f"{root}/{quote(metadata['name'], safe='')}"
 
 
-def apply(manifest: Manifest, *, dry_run: bool = False, force: bool = True) -> Request:
+def apply(manifest: Manifest, *, dry_run: bool = False, force: bool = True, manager: str = naming.MANAGER) -> Request:
     """Create the object or make it what the manifest says.
 
     `force` takes over fields that others have set; without it that is a conflict. `dry_run` lets the server do
-    everything but store it.
+    everything but store it. `manager` is the field manager: what one says is not taken back by another's silence.
     """
-    query = {"fieldManager": naming.MANAGER, "force": "true" if force else "false"}
+    query = {"fieldManager": manager, "force": "true" if force else "false"}
     if dry_run:
         query["dryRun"] = "All"
     body = json.dumps(manifest, ensure_ascii=False, separators=(",", ":")).encode()

@@ -7,10 +7,9 @@ that was decided on, and tells what is seen. It decides nothing.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,36 +17,31 @@ import msgspec
 
 from agentfleet.backends.base import Observation, Ordered, Workload
 from agentfleet.backends.kubernetes import apply as requests
-from agentfleet.backends.kubernetes import naming
+from agentfleet.backends.kubernetes import naming, singles
+from agentfleet.backends.kubernetes.announcer import Announced, Announcer
 from agentfleet.backends.kubernetes.apiversions import ApiVersions
-from agentfleet.backends.kubernetes.connection import MERGE_PATCH, Connection
-from agentfleet.backends.kubernetes.errors import NotFound
-from agentfleet.backends.kubernetes.manifests import render
-from agentfleet.backends.kubernetes.marking import mark_expendable
+from agentfleet.backends.kubernetes.connection import MERGE_PATCH, Connection, Requests
+from agentfleet.backends.kubernetes.guard import Guard
+from agentfleet.backends.kubernetes.handover import hand_over, present_size
+from agentfleet.backends.kubernetes.manifests import Configuration, config_document, render
+from agentfleet.backends.kubernetes.marking import FIRST_WITH_COST, mark_expendable, remove_and_shrink
+from agentfleet.backends.kubernetes.notices import Regarding, regarding
 from agentfleet.backends.kubernetes.objects import Meta, Pod
-from agentfleet.backends.kubernetes.pods import Written
+from agentfleet.backends.kubernetes.pods import Written, usage_of
+from agentfleet.backends.kubernetes.removal import delete_listed
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, POD_METRICS, PODS, decode, version_of
 from agentfleet.backends.kubernetes.sight import Sight
+from agentfleet.core.leadership import Fence
 from agentfleet.errors import BackendUnavailable, Conflict, InstanceGone
-from agentfleet.instances import Usage
+from agentfleet.events import Event
+from agentfleet.instances import Isolation, Phase, Usage
 from agentfleet.specs import AgentTemplate, FleetSpec
-from agentfleet.units import parse_cpu, parse_memory
-
-
-class _Object(msgspec.Struct):
-    """As much of any object as it takes to delete it."""
-
-    metadata: dict[str, Any]
 
 
 class _Written(msgspec.Struct):
     """The answer to a write."""
 
     metadata: Meta
-
-
-class _Objects(msgspec.Struct):
-    items: list[_Object] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +52,7 @@ class _Said:
     revision: int
     template: AgentTemplate
     paused: bool
+    resting: int | None
 
 
 class KubernetesBackend:
@@ -79,6 +74,9 @@ class KubernetesBackend:
         self._sight: Sight | None = None
         self._api: ApiVersions | None = None
         self._said: dict[str, _Said] = {}
+        self._guards: dict[str, Guard] = {}
+        self._configurations: dict[str, Configuration] = {}
+        self._announcer: Announcer | None = None
         self._stack = AsyncExitStack()
         self._users = 0
 
@@ -103,6 +101,7 @@ class KubernetesBackend:
             self._api = ApiVersions.discovered(version, json.loads(await connection.request("GET", "/apis")))
             sight = Sight(connection, self._namespace, node_grace=self._node_grace)
             self._sight = await stack.enter_async_context(sight)
+            self._announcer = await stack.enter_async_context(Announcer(connection, self._regarding))
             self._stack = stack.pop_all()
 
     async def __aexit__(
@@ -125,36 +124,113 @@ class KubernetesBackend:
             raise BackendUnavailable("the backend is not open; use it inside 'async with backend:'")
         return self._sight
 
+    def fenced(self, fleet: str, fence: Fence) -> None:
+        """From now on a fleet is written to in this term; what was said in earlier ones is forgotten."""
+        self._guards[fleet] = Guard(self._asked, self._seen.namespace, fleet, fence)
+        self._said.pop(fleet, None)
+        self._seen.wrote(fleet, None)
+
+    def _to(self, fleet: str) -> Requests:
+        """The way for writes to one fleet."""
+        return self._guards.get(fleet) or self._asked
+
     def watch(self, fleet: str) -> AsyncIterator[Observation]:
         """Observe one fleet. See `Engine.watch`."""
         return self._seen.watch(fleet).run()
+
+    # ------------------------------------------------------------------------------------------ telling others
+
+    def announce(self, event: Event) -> None:
+        """Show what a fleet does as a Kubernetes Event on its pod or Deployment. Best effort; returns at once."""
+        if self._announcer is not None and self._sight is not None:
+            self._announcer.announce(event)
+
+    @property
+    def announced(self) -> Announced:
+        """What became of the Kubernetes Events that were to be written."""
+        return Announced() if self._announcer is None else self._announcer.announced
+
+    def _regarding(self, fleet: str, instance: str | None) -> Regarding | None:
+        if instance is None:
+            deployment = self._seen.deployment(fleet)
+            return None if deployment is None else regarding("Deployment", deployment.metadata)
+        pod = self._pod(fleet, instance)
+        return None if pod is None else regarding("Pod", pod.metadata)
 
     # ------------------------------------------------------------------------------------------ the whole fleet
 
     async def apply(self, workload: Workload) -> None:
         """Have the fleet be so.
 
-        When it gets smaller, those who are to go first are marked before; the size alone is changed by the scale
-        subresource, anything else by server-side apply of all objects.
+        When it gets smaller, those who are to go are chosen before, unless nothing tells them apart; the size alone is
+        changed by the scale subresource, anything else by server-side apply of all objects.
 
         Raises:
             SpecError: The fleet cannot be said in Kubernetes' words.
             BackendError: As `Connection.request`.
         """
-        said = _Said(workload.spec, workload.revision, workload.template, workload.paused)
+        said = _Said(workload.spec, workload.revision, workload.template, workload.paused, workload.resting)
         fleet, ordered = workload.fleet, Ordered(workload.replicas, workload.revision, workload.paused)
-        if workload.expendable:
-            await self._mark(workload.expendable)
+        configuration = self._configurations.get(fleet)
         with self._seen.writing(fleet):
-            if self._said.get(fleet) == said:
-                version = await self._scale(fleet, workload.replicas)
-            else:
+            news = self._said.get(fleet) != said
+            if news:
                 self._said.pop(fleet, None)
-                version = await self._say(workload)
+            if workload.expendable and not workload.indifferent:
+                await self._choose(workload)
+            if self.keeps_size(workload.spec):
+                await self._say_autoscaled(workload, ordered, news=news)
+            else:
+                version = await (self._say(workload) if news else self._scale(fleet, workload.replicas))
+                self._seen.wrote(fleet, Written(ordered, version))
             self._said[fleet] = said
-            self._seen.wrote(fleet, Written(ordered, version))
+        if self._configurations.get(fleet) is not configuration:  # it has come while there was no Deployment yet
+            await self._say_configuration(workload.spec)
 
-    async def _say(self, workload: Workload) -> int:
+    async def configure(self, spec: FleetSpec, revision: int, document: Any) -> None:
+        """Keep a configuration document in the ConfigMap, where the spec asks for one; with the Deployment at first.
+
+        Raises:
+            SpecError: A ConfigMap cannot hold it.
+            BackendError: As `Connection.request`.
+        """
+        configuration = Configuration(revision, document)
+        if spec.template.kubernetes is None or not config_document(spec, configuration, namespace=self._seen.namespace):
+            return
+        self._configurations[spec.name] = configuration
+        if spec.name in self._said or self._seen.deployment(spec.name) is not None:
+            await self._say_configuration(spec)
+
+    async def _say_configuration(self, spec: FleetSpec) -> None:
+        configuration = self._configurations.get(spec.name)
+        if configuration is None:
+            return
+        about = self._regarding(spec.name, None)
+        owner = None if about is None else about.uid
+        manifest = config_document(spec, configuration, namespace=self._seen.namespace, owner=owner)
+        if manifest is not None:
+            await self._send(spec.name, requests.apply(manifest, manager=naming.CONFIG_MANAGER))
+
+    def keeps_size(self, spec: FleetSpec) -> bool:
+        """Whether the cluster's own autoscaler scales this fleet."""
+        options = spec.template.kubernetes
+        return options is not None and options.autoscaler.enabled
+
+    async def _say_autoscaled(self, workload: Workload, ordered: Ordered, *, news: bool) -> None:
+        """Apply all but the size, which is given at first, at a stop and at a start; in between it is not ours."""
+        fleet, namespace, policy, version = workload.fleet, self._seen.namespace, workload.spec.scaling, None
+        present = await present_size(self._asked, namespace, fleet)
+        if news:
+            if present is not None and present.applied:
+                await hand_over(self._to(fleet), namespace, fleet, present.replicas)
+            version = await self._say(workload, autoscaled=True)
+        if present is None or bool(present.replicas) != bool(workload.replicas):
+            version = await self._scale(fleet, workload.replicas)
+        if version is not None:
+            bounds = (0, 0) if policy is None else (policy.min_replicas, policy.max_replicas)
+            self._seen.wrote(fleet, Written(ordered, version, bounds))
+
+    async def _say(self, workload: Workload, *, autoscaled: bool = False) -> int:
         """Apply all objects; returns the resource version of the Deployment."""
         spec = workload.spec.replace(template=workload.template)
         deployment = self._seen.deployment(workload.fleet)
@@ -166,74 +242,110 @@ class KubernetesBackend:
             paused=workload.paused,
             revision=workload.revision,
             owner=None if deployment is None else deployment.metadata.uid,
+            annotations=None if workload.resting is None else {naming.REPLICAS: str(workload.resting)},
+            hpa=autoscaled,
+            sized=not autoscaled,
         )
+        if not autoscaled:
+            assert self._api is not None, "open"
+            found = requests.kept_collections(self._api, self._seen.namespace, workload.fleet)
+            await delete_listed(self._to(spec.name), found["HorizontalPodAutoscaler"])  # of an earlier spec
+        await self._say_configuration(spec)
         version = 0
         for manifest in manifests.objects:
-            answer = await self._send(requests.apply(manifest))
+            answer = await self._send(spec.name, requests.apply(manifest))
             if manifest["kind"] == "Deployment":
-                version = _version(answer)
+                made = _read(answer)
+                version = version_of(made) or 0
+                if self._announcer is not None:
+                    self._announcer.appeared(spec.name, regarding("Deployment", made))
         return version
 
     async def _scale(self, fleet: str, replicas: int) -> int:
         path = DEPLOYMENTS.path(self._namespace, fleet, "scale")
-        return _version(await self._merge(path, {"spec": {"replicas": replicas}}))
+        return _version(await self._merge(fleet, path, {"spec": {"replicas": replicas}}))
 
-    async def _mark(self, names: Sequence[str]) -> None:
-        """Have the ReplicaSet take these first."""
+    async def _choose(self, workload: Workload) -> None:
+        """Have those go first who are to go."""
         assert self._api is not None, "open"
-        pods = [pod for name in names if (pod := self._seen.pod(name)) is not None]
-        await mark_expendable(self._asked, self._seen.pods, pods, minor=self._api.minor)
+        fleet, found = workload.fleet, [self._seen.pod(name) for name in workload.expendable]
+        pods = [pod for pod in found if pod is not None and pod.metadata.deletion_timestamp is None]
+        if self._api.minor >= FIRST_WITH_COST:
+            await mark_expendable(self._to(workload.fleet), self._seen.pods, pods)
+            return
+        before = self._seen.last_ordered(fleet)
+        if before is None:
+            return
+
+        async def scale(size: int) -> None:
+            self._seen.wrote(fleet, Written(replace(before, replicas=size), await self._scale(fleet, size)))
+
+        await remove_and_shrink(self._to(workload.fleet), pods, before.replicas, to=workload.replicas, scale=scale)
 
     async def delete(self, fleet: str) -> None:
         """Delete every object of the fleet; the pods go with their Deployment."""
         assert self._api is not None, "open"
-        assert self._namespace is not None, "open"
         self._said.pop(fleet, None)
         self._seen.wrote(fleet, None)
-        read = msgspec.json.Decoder(_Objects).decode
-        for kind, request in requests.kept_collections(self._api, self._namespace, fleet).items():
-            found = decode(read, await self._send(request), f"list {kind}")
-            for each in found.items:
-                name, uid = each.metadata["name"], each.metadata["uid"]
-                options = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
-                try:
-                    await self._asked.request("DELETE", f"{request.path}/{name}", body=json.dumps(options).encode())
-                except NotFound:
-                    continue
+        for listing in requests.kept_collections(self._api, self._seen.namespace, fleet).values():
+            await delete_listed(self._to(fleet), listing)
 
     # ------------------------------------------------------------------------------------------ single instances
 
     async def stop(self, fleet: str, id: str, *, grace: float) -> None:
-        """Delete one pod; its Deployment puts another in its place. Already gone is success."""
+        """End one pod; its Deployment puts another in its place. Already gone is success.
+
+        One that is ready is evicted, so that its disruption budget is kept; what does not work is deleted.
+
+        Raises:
+            DisruptionBlocked: The budget is used up; nothing was done.
+            BackendError: As `Connection.request`.
+        """
         pod = self._pod(fleet, id)
         if pod is None:
             return
         try:
-            await self._delete_pod(pod, grace)
+            await self._end(pod, fleet, grace)
         except (InstanceGone, Conflict):
             return  # gone, or another of the same name
 
     async def restart(self, fleet: str, id: str, *, grace: float) -> None:
-        """Delete one pod; its Deployment puts another in its place.
+        """End one pod as `stop` does; its Deployment puts another in its place.
 
         Raises:
             InstanceGone: There is no such pod.
+            DisruptionBlocked: As `stop`.
         """
+        await self._end(self._found(fleet, id), fleet, grace)
+
+    async def isolate(self, fleet: str, id: str, *, isolation: Isolation) -> None:
+        """Take one pod out of the selector, so that it gets no traffic, is replaced, and stays.
+
+        Raises:
+            InstanceGone: There is no such pod.
+            BackendError: As `Connection.request`.
+        """
+        pod, deployment = self._found(fleet, id), self._seen.deployment(fleet)
+        selector = {} if deployment is None else deployment.spec.selector.match_labels
+        await singles.isolate(self._to(fleet), pod, selector, isolation)
+
+    def _found(self, fleet: str, id: str) -> Pod:
         pod = self._pod(fleet, id)
         if pod is None:
             raise InstanceGone(f"there is no pod {id} of fleet {fleet}")
-        await self._delete_pod(pod, grace)
+        return pod
 
     def _pod(self, fleet: str, id: str) -> Pod | None:
         pod = self._seen.pod(id)
         return pod if pod is not None and pod.metadata.labels.get(naming.FLEET) == fleet else None
 
-    async def _delete_pod(self, pod: Pod, grace: float | None) -> None:
-        options: dict[str, Any] = {"preconditions": {"uid": pod.metadata.uid}}
-        if grace is not None:
-            options["gracePeriodSeconds"] = math.ceil(grace)
-        path = PODS.path(self._namespace, pod.metadata.name)
-        await self._asked.request("DELETE", path, body=json.dumps(options).encode())
+    async def _end(self, pod: Pod, fleet: str, grace: float) -> None:
+        assert self._api is not None, "open"
+        shown = self._seen.shown(pod, fleet)
+        if shown.ready and shown.phase is Phase.RUNNING:
+            await singles.evict(self._to(fleet), pod, grace=grace, minor=self._api.minor)
+        else:
+            await singles.delete(self._to(fleet), pod, grace=grace)
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -242,21 +354,11 @@ class KubernetesBackend:
         query = {"labelSelector": f"{naming.FLEET}={fleet}"}
         body = await self._asked.request("GET", POD_METRICS.path(self._namespace), query=query)
         page = decode(POD_METRICS.read_page, body, "pod metrics")
-        used = {}
-        for each in page.items or ():
-            if each.timestamp is not None:
-                cpu = sum(parse_cpu(one.usage.cpu or "0") for one in each.containers)
-                memory = sum(parse_memory(one.usage.memory or "0") for one in each.containers)
-                window = (
-                    float(each.window.rstrip("s") or 0) if each.window.rstrip("s").replace(".", "").isdigit() else 0.0
-                )
-                used[each.metadata.name] = Usage(each.timestamp.timestamp(), cpu, int(memory), window)
-        return used
+        return {each.metadata.name: used for each in page.items or () if (used := usage_of(each)) is not None}
 
     async def logs(self, fleet: str, id: str, *, lines: int = 100) -> Sequence[str]:
         """The last lines of a pod; raises `InstanceGone` when there is no such pod."""
-        if self._pod(fleet, id) is None:
-            raise InstanceGone(f"there is no pod {id} of fleet {fleet}")
+        self._found(fleet, id)
         path = PODS.path(self._namespace, id, "log")
         body = await self._asked.request("GET", path, query={"tailLines": lines, "container": naming.CONTAINER})
         return body.decode(errors="replace").splitlines()
@@ -268,8 +370,8 @@ class KubernetesBackend:
 
     # ------------------------------------------------------------------------------------------ sending
 
-    async def _send(self, request: requests.Request) -> bytes:
-        return await self._asked.request(
+    async def _send(self, fleet: str, request: requests.Request) -> bytes:
+        return await self._to(fleet).request(
             request.method,
             request.path,
             query=request.query,
@@ -277,8 +379,8 @@ class KubernetesBackend:
             content_type=request.content_type or "application/json",
         )
 
-    async def _merge(self, path: str, patch: Mapping[str, Any]) -> bytes:
-        return await self._asked.request(
+    async def _merge(self, fleet: str, path: str, patch: Mapping[str, Any]) -> bytes:
+        return await self._to(fleet).request(
             "PATCH",
             path,
             query={"fieldManager": naming.MANAGER},
@@ -287,6 +389,11 @@ class KubernetesBackend:
         )
 
 
+def _read(answer: bytes) -> Meta:
+    """The metadata of what a write has made."""
+    return decode(msgspec.json.Decoder(_Written).decode, answer, "the answer to a write").metadata
+
+
 def _version(answer: bytes) -> int:
     """The resource version that a write has made."""
-    return version_of(decode(msgspec.json.Decoder(_Written).decode, answer, "the answer to a write").metadata) or 0
+    return version_of(_read(answer)) or 0

@@ -25,13 +25,12 @@ from agentfleet.backends.kubernetes.transport import Answer, Limits, Transport, 
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.errors import BackendError, BackendRefused, BackendUnavailable, DeadlineExceeded
 
-__all__ = ["APPLY", "JSON", "JSON_PATCH", "MERGE_PATCH", "STRATEGIC_PATCH", "Connection", "Requests", "Traffic"]
+__all__ = ["APPLY", "JSON", "JSON_PATCH", "MERGE_PATCH", "Connection", "Requests", "Traffic"]
 
 JSON = "application/json"
 APPLY = "application/apply-patch+yaml"
 """Server-side apply; JSON is YAML."""
 MERGE_PATCH = "application/merge-patch+json"
-STRATEGIC_PATCH = "application/strategic-merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
 
 Query = Mapping[str, str | int | bool]
@@ -188,7 +187,7 @@ class Connection:
             path: Absolute path, percent-encoded, without a query: "/api/v1/namespaces/default/pods".
             query: Parameters of the query.
             body: What is sent, in the form that `content_type` says.
-            content_type: `JSON`, or the kind of a patch: `APPLY`, `MERGE_PATCH`, `STRATEGIC_PATCH`, `JSON_PATCH`.
+            content_type: `JSON`, or the kind of a patch: `APPLY`, `MERGE_PATCH`, `JSON_PATCH`.
             timeout: Seconds for the call with its repetitions and its waiting; the connection's own by default.
             idempotent: Whether it may be repeated when its effect is unknown. By default every call may that is no POST
                 and no JSON patch. All are repeated that certainly were not carried out.

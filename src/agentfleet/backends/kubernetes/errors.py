@@ -185,8 +185,10 @@ def error_of_status(call: str, status: Status, retry_after: float | None = None)
     fields = tuple(cause.field for cause in causes if cause.field)
     if code == 409:
         return _conflict(message, reason, causes, fields)
-    if code == 429 and any(cause.reason == "DisruptionBudget" for cause in causes):
-        return DisruptionBlocked(message)
+    budget = next((cause for cause in causes if cause.reason == "DisruptionBudget"), None)
+    if code == 429 and budget is not None:
+        why = f" {budget.message}." if budget.message else ""
+        return DisruptionBlocked(f"{message}{why} Nothing was done; ask again when more of its pods are ready")
     # "too large resource version" is a 504 with a wait: the server waits for its own cache
     if code in (429, 503) or (code in (408, 504) and retry_after is not None):
         return Overloaded(message, retry_after, unserved=code == 429)

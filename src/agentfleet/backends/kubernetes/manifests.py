@@ -71,6 +71,7 @@ def render(
     configuration: Configuration | None = None,
     owner: str | None = None,
     annotations: Mapping[str, str] | None = None,
+    sized: bool = True,
 ) -> Manifests:
     """Write a fleet as the objects that make it up.
 
@@ -87,6 +88,8 @@ def render(
         configuration: The configuration document to keep in the ConfigMap.
         owner: The Deployment's uid, once it exists; the other objects are then collected with it.
         annotations: More annotations on the Deployment.
+        sized: Whether the Deployment says its size. What the cluster's own autoscaler has taken over must not, once
+            nobody owns the field by apply.
 
     Raises:
         SpecError: The fleet cannot be said in Kubernetes' words; names the field and the fix.
@@ -94,6 +97,8 @@ def render(
     rendering = Rendering.of(spec, api or ApiVersions(), revision)
     wanted = rendering.options.autoscaler.enabled if hpa is None else hpa
     main = deployment(rendering, replicas=replicas, paused=paused, cause=cause, annotations=annotations)
+    if not sized:
+        del main["spec"]["replicas"]
     beside = {
         "ConfigMap": config_map(rendering, configuration),
         "Service": service(rendering),
@@ -109,6 +114,41 @@ def render(
         if each is not None
     )
     return Manifests(tuple(finished), tuple(rendering.notes))
+
+
+def config_document(
+    spec: FleetSpec, configuration: Configuration, *, namespace: str, owner: str | None = None
+) -> Manifest | None:
+    """The part of the ConfigMap that is the configuration document, for `naming.CONFIG_MANAGER` to apply.
+
+    Args:
+        spec: The fleet.
+        configuration: Its document.
+        namespace: Where it lives.
+        owner: The Deployment's uid, once it exists.
+
+    Returns:
+        None where the spec asks for no ConfigMap.
+
+    Raises:
+        SpecError: A ConfigMap cannot hold the document beside the files.
+    """
+    rendering = Rendering.of(spec, ApiVersions(), None)
+    whole = config_map(rendering, configuration)
+    if rendering.options.config is None or whole is None:
+        return None
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": present(
+            name=whole["metadata"]["name"],
+            namespace=namespace,
+            labels={naming.FLEET: spec.name, "app.kubernetes.io/managed-by": naming.MANAGER},
+            annotations={naming.CONFIG_REVISION: str(configuration.revision)},
+            ownerReferences=None if owner is None else [_owner(rendering, owner)],
+        ),
+        "data": {"config.json": whole["data"]["config.json"]},
+    }
 
 
 def _finished(rendering: Rendering, manifest: Manifest, namespace: str | None, owner: str | None) -> Manifest:

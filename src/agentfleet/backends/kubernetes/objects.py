@@ -55,7 +55,9 @@ class Annotations(Slim, frozen=True):
     state: str | None = msgspec.field(default=None, name="agentfleet.io/state")
     replicas: str | None = msgspec.field(default=None, name="agentfleet.io/replicas")
     epoch: str | None = msgspec.field(default=None, name="agentfleet.io/epoch")
-    isolated: str | None = msgspec.field(default=None, name="agentfleet.io/isolated")
+    isolated_since: str | None = msgspec.field(default=None, name="agentfleet.io/isolated-since")
+    isolated_until: str | None = msgspec.field(default=None, name="agentfleet.io/isolated-until")
+    isolated_reason: str | None = msgspec.field(default=None, name="agentfleet.io/isolated-reason")
 
 
 class Meta(Slim, frozen=True):
@@ -315,10 +317,17 @@ class PodTemplate(Slim, frozen=True):
     metadata: TemplateMeta = TemplateMeta()
 
 
+class Selector(Slim, frozen=True):
+    """By which labels pods are known; agentfleet's own Deployments use nothing else."""
+
+    match_labels: dict[str, str] = {}
+
+
 class DeploymentSpec(Slim, frozen=True):
     """How many pods of which template are wanted."""
 
     replicas: int | None = None
+    selector: Selector = Selector()
     paused: bool = False
     template: PodTemplate = PodTemplate()
 

@@ -6,12 +6,13 @@ import datetime as dt
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from agentfleet.backends.base import Ordered
+from agentfleet.backends.base import AUTOSCALER, Ordered
 from agentfleet.backends.kubernetes import naming
-from agentfleet.backends.kubernetes.objects import ContainerStatus, Deployment, Pod
+from agentfleet.backends.kubernetes.objects import Annotations, ContainerStatus, Deployment, Pod, PodMetrics
 from agentfleet.backends.kubernetes.objects import Node as KubeNode
 from agentfleet.backends.kubernetes.resources import version_of
-from agentfleet.instances import NO_SLOT, Instance, Node, Phase
+from agentfleet.instances import NO_SLOT, Instance, Isolation, Node, Phase, Usage
+from agentfleet.units import parse_cpu, parse_memory
 
 _HOPELESS = ("CrashLoopBackOff",)
 """Why a container waits that has run and has ended; all other reasons are those of one that was never started."""
@@ -29,6 +30,8 @@ class Written:
 
     ordered: Ordered
     version: int
+    autoscaled: tuple[int, int] | None = None
+    """The least and the most to which the cluster's autoscaler may set the size; None: the size is ours."""
 
 
 def instance_of(pod: Pod, fleet: str, *, lost: bool = False) -> Instance:
@@ -58,6 +61,7 @@ def instance_of(pod: Pod, fleet: str, *, lost: bool = False) -> Instance:
         address=_address(pod),
         restarts=status.restart_count if status is not None else 0,
         exit_code=_exit_code(status),
+        isolated=_isolation(pod),
     )
 
 
@@ -66,6 +70,17 @@ def node_of(node: KubeNode, *, lost: bool = False) -> Node:
     return Node(
         node.metadata.name, ready=node.ready and not lost, schedulable=not node.spec.unschedulable, zone=node.zone
     )
+
+
+def usage_of(metrics: PodMetrics) -> Usage | None:
+    """What a pod uses, all its containers together; None where it does not say when."""
+    if metrics.timestamp is None:
+        return None
+    cpu = sum(parse_cpu(one.usage.cpu or "0") for one in metrics.containers)
+    memory = sum(parse_memory(one.usage.memory or "0") for one in metrics.containers)
+    window = metrics.window.rstrip("s")
+    seconds = float(window or 0) if window.replace(".", "").isdigit() else 0.0
+    return Usage(metrics.timestamp.timestamp(), cpu, int(memory), seconds)
 
 
 def ordered_of(deployment: Deployment | None, ours: Written | None = None) -> Ordered:
@@ -87,9 +102,22 @@ def ordered_of(deployment: Deployment | None, ours: Written | None = None) -> Or
     )
     if ours is None:
         return replace(seen, by=None if writer in (naming.MANAGER, None) else writer)
-    if seen == ours.ordered or (version_of(deployment.metadata) or 0) <= ours.version:
+    version = version_of(deployment.metadata) or 0
+    if seen == ours.ordered or version < ours.version:
+        return seen
+    if _is_autoscaled(seen, ours):
+        return replace(seen, by=AUTOSCALER if writer in (naming.MANAGER, None) else writer)
+    if version == ours.version:
         return seen
     return replace(seen, by=SOMEBODY if writer in (naming.MANAGER, None) else writer)
+
+
+def _is_autoscaled(seen: Ordered, ours: Written) -> bool:
+    """Whether a size may be the autoscaler's word: one that it may set, on a fleet that is not stopped."""
+    if ours.autoscaled is None or not ours.ordered.replicas:
+        return False
+    least, most = ours.autoscaled
+    return least <= seen.replicas <= most and replace(seen, replicas=ours.ordered.replicas) == ours.ordered
 
 
 def _last_writer(deployment: Deployment) -> str | None:
@@ -97,19 +125,40 @@ def _last_writer(deployment: Deployment) -> str | None:
     wrote = [
         each
         for each in deployment.metadata.managed_fields
-        if each.subresource != "status" and each.manager not in _CLUSTER and each.time is not None
+        if each.subresource != "status"
+        and each.time is not None
+        and (each.manager not in _CLUSTER or each.subresource == "scale")
     ]
     if not wrote:
         return None
     newest = max(each.time for each in wrote if each.time is not None)
     latest = [each.manager for each in wrote if each.time == newest]
-    return naming.MANAGER if naming.MANAGER in latest else latest[-1]  # times are whole seconds
+    if naming.MANAGER in latest:  # times are whole seconds
+        return naming.MANAGER
+    return AUTOSCALER if latest[-1] in _CLUSTER else latest[-1]  # of the cluster only autoscalers use scale
 
 
 def _agent(statuses: Iterable[ContainerStatus]) -> ContainerStatus | None:
     """The container that runs the agent: the one of that name, or else the first."""
     found = list(statuses)
     return next((each for each in found if each.name == naming.CONTAINER), found[0] if found else None)
+
+
+def _isolation(pod: Pod) -> Isolation | None:
+    """Since when and why a pod is isolated; a person who sets the label alone has said no more."""
+    if pod.metadata.labels.get(naming.ISOLATED) != "true":
+        return None
+    notes = pod.metadata.annotations or Annotations()
+    since = _moment(notes.isolated_since) or _seconds(pod.metadata.creation_timestamp) or 0.0
+    return Isolation(since, notes.isolated_reason or "", _moment(notes.isolated_until))
+
+
+def _moment(text: str | None) -> float | None:
+    """A time as it is written in an annotation; None where it is none."""
+    try:
+        return None if text is None else dt.datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
 
 
 def _phase(pod: Pod, status: ContainerStatus | None) -> Phase:

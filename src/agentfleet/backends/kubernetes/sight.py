@@ -27,7 +27,7 @@ from agentfleet.backends.kubernetes.informer_cache import Changed as Put
 from agentfleet.backends.kubernetes.informer_cache import Snapshot as Listed
 from agentfleet.backends.kubernetes.objects import Deployment, Lease, Node, Pod
 from agentfleet.backends.kubernetes.pods import Written, instance_of, node_of, ordered_of
-from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, LEASES, NODES, PODS
+from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, LEASES, NODES, PODS, version_of
 from agentfleet.errors import BackendUnavailable
 from agentfleet.instances import Instance
 
@@ -122,6 +122,13 @@ class Sight:
     def ordered(self, fleet: str) -> Ordered | None:
         """What a fleet's Deployment has been told; None while we are telling it."""
         return None if self._writing.get(fleet) else ordered_of(self.deployment(fleet), self._written.get(fleet))
+
+    def last_ordered(self, fleet: str) -> Ordered | None:
+        """What it was told last, by us if we have not seen our own word yet; None when there is no Deployment."""
+        deployment, written = self.deployment(fleet), self._written.get(fleet)
+        if written is not None and (deployment is None or (version_of(deployment.metadata) or 0) < written.version):
+            return written.ordered
+        return None if deployment is None else ordered_of(deployment, written)
 
     def watch(self, fleet: str) -> FleetWatch:
         """A new watcher of one fleet."""

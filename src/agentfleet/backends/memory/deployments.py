@@ -26,8 +26,8 @@ from agentfleet.backends.memory.prober import MemoryProber
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.core import rollout
 from agentfleet.core.rollout import RolloutMemory, RolloutObserved
-from agentfleet.errors import BackendError
-from agentfleet.instances import NO_SLOT, Instance, Node, Phase, Usage
+from agentfleet.errors import BackendError, InstanceGone
+from agentfleet.instances import NO_SLOT, Instance, Isolation, Node, Phase, Usage
 from agentfleet.specs import RolloutPolicy
 from agentfleet.view import Counts
 
@@ -93,6 +93,11 @@ class MemoryDeployments:
         await self.cluster.usage(fleet)
         self.kept(fleet).forget()
 
+    async def isolate(self, fleet: str, id: str, *, isolation: Isolation) -> None:
+        """See `WorkloadBackend`."""
+        await self.cluster.usage(fleet)
+        self.kept(fleet).isolate(id, isolation)
+
     async def watch(self, fleet: str) -> AsyncIterator[Observation]:
         """See `Engine`."""
         kept = self.kept(fleet)
@@ -108,10 +113,11 @@ class MemoryDeployments:
     async def stop(self, fleet: str, id: str, *, grace: float) -> None:
         """End an instance; another takes its place."""
         await self.cluster.stop(fleet, id, grace=grace)
+        self.kept(fleet).end(id)
 
     async def restart(self, fleet: str, id: str, *, grace: float) -> None:
         """End an instance; another takes its place."""
-        await self.cluster.stop(fleet, id, grace=grace)
+        await self.stop(fleet, id, grace=grace)
 
     async def usage(self, fleet: str) -> Mapping[str, Usage]:
         """See `Engine`."""
@@ -151,7 +157,9 @@ class Kept:
         self._memory: RolloutMemory | None = None
         self._instances: dict[str, Instance] = {}
         self._synced = False
-        self._exits: dict[str, int] = {}
+        self._isolated: dict[str, Isolation] = {}
+        self._ended: set[str] = set()
+        """Those that were told to end and may not show it, as on a lost node; they count no more."""
         self._slot = 0
         self._changed = anyio.Event()
 
@@ -173,6 +181,27 @@ class Kept:
     def forget(self) -> None:
         """Keep nothing any more."""
         self._wanted = self._memory = None
+        self._changed.set()
+
+    def isolate(self, id: str, isolation: Isolation) -> None:
+        """Let go of an instance, which stays."""
+        known = self._instances.get(id)
+        if known is None:
+            raise InstanceGone(f"fleet {self._fleet!r} has no instance {id!r} (any more)")
+        self._isolated[id] = isolation
+        self._show(known)
+        self._changed.set()
+
+    def end(self, id: str) -> None:
+        """Count an instance no more, which was told to end."""
+        if id in self._instances:
+            self._ended.add(id)
+            self._changed.set()
+
+    def put_back(self, id: str) -> None:
+        """Somebody takes the mark of isolation off again."""
+        del self._isolated[id]
+        self._show(self._instances[id])
         self._changed.set()
 
     def ordered(self) -> Ordered:
@@ -214,24 +243,33 @@ class Kept:
         async for seen in self._cluster.watch(self._fleet):
             match seen:
                 case Snapshot():
-                    self._instances = {each.id: replace(each, slot=NO_SLOT) for each in seen.instances}
+                    self._instances = {each.id: self._as_shown(each) for each in seen.instances}
                     self._nodes, self._synced = seen.nodes, True
                     self._broadcast(Snapshot(tuple(self._instances.values()), seen.nodes))
                 case Changed():
-                    self._instances[seen.instance.id] = shown = replace(seen.instance, slot=NO_SLOT)
-                    self._broadcast(Changed(shown))
+                    self._show(seen.instance)
                 case Removed():
                     self._instances.pop(seen.id, None)
+                    self._isolated.pop(seen.id, None)
+                    self._ended.discard(seen.id)
                     self._broadcast(seen)
             self._changed.set()
 
+    def _as_shown(self, instance: Instance) -> Instance:
+        return replace(instance, slot=NO_SLOT, isolated=self._isolated.get(instance.id))
+
+    def _show(self, instance: Instance) -> None:
+        self._instances[instance.id] = shown = self._as_shown(instance)
+        self._broadcast(Changed(shown))
+
     async def _reconcile(self) -> None:
-        staying = [each for each in self._instances.values() if each.phase is not Phase.DRAINING]
+        there = [each for each in self._instances.values() if each.phase is not Phase.DRAINING]
+        staying = [each for each in there if each.isolated is None and each.id not in self._ended]
         if self._wanted is None or self._memory is None:
             for each in staying:
                 await self._cluster.stop(self._fleet, each.id, grace=30.0)
             return
-        await self._restart_exited(staying)
+        await self._restart_exited(there)  # as a kubelet does, whoever a pod belongs to
         wanted = self._wanted
         new = [each for each in staying if each.revision == wanted.revision]
         old = [each for each in staying if each.revision != wanted.revision]

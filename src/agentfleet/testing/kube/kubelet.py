@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -71,6 +72,7 @@ class FakeKubelet(NodeFaults):
         self._watch = PodWatch(self._api, seen=self._seen, lost=self._lost)
         self._due: dict[str, None] = {}
         self._work = asyncio.Semaphore(0)
+        self._beside: asyncio.Queue[Callable[[], Coroutine[Any, Any, None]]] = asyncio.Queue()
         self._stack = AsyncExitStack()
         self._tasks: TaskGroup | None = None
         self._killed_busy: list[str] = []
@@ -107,6 +109,7 @@ class FakeKubelet(NodeFaults):
             self._tasks.start_soon(self._watch.run, listed)
             self._tasks.start_soon(self.nodes.keep)
             self._tasks.start_soon(self._correct)
+            self._tasks.start_soon(self._run_beside)
             for _ in range(self.options.writers):
                 self._tasks.start_soon(self._write)
             try:
@@ -216,8 +219,8 @@ class FakeKubelet(NodeFaults):
 
     def warned(self, run: PodRun, reason: str, message: str) -> None:
         """Write a Warning event, as a kubelet would."""
-        if self.options.events and self._tasks is not None:
-            self._tasks.start_soon(self._write_event, run, reason, message)
+        if self.options.events:
+            self._beside.put_nowait(partial(self._write_event, run, reason, message))
 
     def lost_work(self, run: PodRun) -> None:
         """Note a pod that was ended with work in flight."""
@@ -225,8 +228,13 @@ class FakeKubelet(NodeFaults):
 
     def spawn(self, work: Callable[[PodRun], Coroutine[Any, Any, None]], run: PodRun) -> None:
         """Run a coroutine for a pod beside."""
-        if self._tasks is not None:
-            self._tasks.start_soon(work, run)
+        self._beside.put_nowait(partial(work, run))
+
+    async def _run_beside(self) -> None:
+        """Start what timers have asked for: a timer runs outside of any task, where a task group starts nothing."""
+        async with anyio.create_task_group() as tasks:
+            while True:
+                tasks.start_soon(await self._beside.get())
 
     # ------------------------------------------------------------------------------------------------ writing
 
