@@ -280,7 +280,8 @@ class KubernetesBackend:
         async def scale(size: int) -> None:
             self._seen.wrote(fleet, Written(replace(before, replicas=size), await self._scale(fleet, size)))
 
-        await remove_and_shrink(self._to(workload.fleet), pods, before.replicas, to=workload.replicas, scale=scale)
+        seen, to = self._seen.pods, workload.replicas
+        await remove_and_shrink(self._to(workload.fleet), seen, pods, before.replicas, to=to, scale=scale)
 
     async def delete(self, fleet: str) -> None:
         """Delete every object of the fleet; the pods go with their Deployment."""
