@@ -56,6 +56,9 @@ class WorkloadSizing(Sizing):
         first, self._known = self._known is None, seen
         if state is None or state.deleted:
             return
+        if seen.absent:
+            self._miss()
+            return
         if self._engine_scales and (seen.by == AUTOSCALER or (first and seen.by is None)):
             if state.running and seen.replicas and seen.replicas != told:
                 self._follow_size(seen.replicas, told)
@@ -69,6 +72,12 @@ class WorkloadSizing(Sizing):
             self._desk.state = replace(self._desk.wanted, paused=seen.paused)
         if state.target not in {seen.revision, self._yielded}:
             self._adopt_revision(seen)
+
+    def _miss(self) -> None:
+        """What the engine was told is gone, which is no word about the size: it is wanted, so it is told again."""
+        if self._sent is not None and self._accepted:
+            self._note_foreign(Ordered(0, by="somebody else"), "deleted")
+            self._sent = None
 
     def _follow_size(self, now: int, before: int) -> None:
         """The engine's own autoscaler has set another size: that is what it is for."""
@@ -118,7 +127,7 @@ class WorkloadSizing(Sizing):
         if action == "apply":
             self._accepted = True
         elif action == "delete":
-            self._deletion, self._sent, self._known = "done", None, Ordered(0)
+            self._deletion, self._sent, self._known = "done", None, Ordered(0, absent=True)
 
     def not_applied(self, now: float) -> None:
         """It did not; it is told again later."""

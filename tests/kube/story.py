@@ -81,6 +81,7 @@ DEFAULTS = {
     "spec.revisionHistoryLimit": 10,
     "spec.paused": False,
     "spec.template.spec.terminationGracePeriodSeconds": 30,
+    "spec.template.spec.serviceAccountName": "default",
     **{
         f"spec.template.spec.containers.0.{probe}Probe.{field}": value
         for probe in ("readiness", "liveness")

@@ -144,6 +144,22 @@ def known(fleet: str, instance: str | None) -> Regarding | None:
     return DEPLOYMENT if instance is None else POD if instance == POD.name else None
 
 
+def test_a_manager_that_is_cancelled_amid_its_last_words_just_ends() -> None:
+    async def main() -> None:
+        server = Server()
+        server.answering = anyio.Event()
+        announcer = Announcer(server, known)
+        with anyio.CancelScope() as scope:
+            async with announcer:
+                announcer.announce(event())
+                scope.cancel()
+                await anyio.lowlevel.checkpoint()
+        assert scope.cancelled_caught
+        assert announcer.announced.dropped == 1
+
+    run_virtual(main)
+
+
 def test_repeats_are_counted_and_written_anew_when_the_event_is_gone() -> None:
     async def main() -> None:
         server = Server()

@@ -83,7 +83,7 @@ def test_no_busy_instance_dies_in_a_scale_down(plane: ControlPlane) -> None:
     """Half of a fleet goes, and it is the idle half, also on a server that knows no deletion cost."""
 
     async def test(there: Cluster) -> None:
-        await there.kubelet.image("agent:*", Behaviour(start=3.0))  # longer than a busy machine needs for the scale-down
+        await there.kubelet.image("agent:*", Behaviour(start=3.0))  # longer than a scale-down takes
         async with there.fleet(spec(24)) as fleet:
             await fleet.deploy(timeout=60)
             busy = set(there.pods_of(fleet)[::2])

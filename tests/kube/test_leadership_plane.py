@@ -80,7 +80,7 @@ def test_another_follows_a_leader_that_is_cut_off(plane: ControlPlane) -> None:
                 assert await epoch_of(there) == "1"
                 ids = {instance.id for instance in first.instances}
                 async with manager(there, journal, "two") as (second, _, _):
-                    with pytest.raises(NotLeader, match="one-.* does"):
+                    with pytest.raises(NotLeader, match="does not lead"):
                         await second.scale(3)
                     await anyio.sleep(2.0)  # a little of an ordinary life
                     before = await there.plane.api.get(DEPLOYMENTS.path(there.namespace, "agents"))
@@ -121,9 +121,9 @@ def test_another_follows_a_leader_that_is_cut_off(plane: ControlPlane) -> None:
                     way.cut = False
                     await second.upgrade(version="2", timeout=90)  # its many status updates are no conflict for long
                 left = anyio.current_time()
-                await first.leading(timeout=5)
+                await first.leading(timeout=20)
                 print(f"followed a graceful one after {anyio.current_time() - left:.1f} s")
-                assert anyio.current_time() - left < 2.0
+                assert anyio.current_time() - left < 4.5  # one that crashed is waited for longer
                 assert first.state is not None
                 assert first.state.template.version == "2"
                 with anyio.fail_after(20):

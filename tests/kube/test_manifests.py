@@ -91,6 +91,12 @@ def test_what_cannot_be_discovered_is_told(version: dict[str, str], served: tupl
 # ------------------------------------------------------------------------------------------------ the pod
 
 
+def test_a_service_account_is_always_named() -> None:
+    """Left out, the server would keep the one that was named before (it copies it to a field of its own)."""
+    assert pod_of(fleet())["serviceAccountName"] == "default"
+    assert pod_of(fleet(kubernetes={"service_account": "agents"}))["serviceAccountName"] == "agents"
+
+
 def test_an_upgrade_is_a_new_image() -> None:
     assert container_of(fleet())["image"] == "agent:1.4.0"
     assert container_of(fleet({"version": "2"}))["image"] == "agent:2"

@@ -75,6 +75,8 @@ class Ordered:
     paused: bool = False
     by: str | None = None
     """Who said so, when it was somebody else; `AUTOSCALER` for the engine's own."""
+    absent: bool = False
+    """Whether there is nothing that could be told: the engine does not know the fleet, or not any more."""
 
 
 AUTOSCALER = "the cluster's autoscaler"

@@ -21,6 +21,7 @@ from agentfleet.backends.kubernetes import naming, singles
 from agentfleet.backends.kubernetes.announcer import Announced, Announcer
 from agentfleet.backends.kubernetes.apiversions import ApiVersions
 from agentfleet.backends.kubernetes.connection import MERGE_PATCH, Connection, Requests
+from agentfleet.backends.kubernetes.errors import NotFound
 from agentfleet.backends.kubernetes.guard import Guard
 from agentfleet.backends.kubernetes.handover import hand_over, present_size
 from agentfleet.backends.kubernetes.manifests import Configuration, config_document, render
@@ -173,6 +174,9 @@ class KubernetesBackend:
         fleet, ordered = workload.fleet, Ordered(workload.replicas, workload.revision, workload.paused)
         configuration = self._configurations.get(fleet)
         with self._seen.writing(fleet):
+            if self._seen.is_gone(fleet):  # what belonged to it goes, too: by our hand, so that it is gone for certain
+                await self._delete_all(fleet)
+                self._said.pop(fleet, None)
             news = self._said.get(fleet) != said
             if news:
                 self._said.pop(fleet, None)
@@ -233,7 +237,6 @@ class KubernetesBackend:
     async def _say(self, workload: Workload, *, autoscaled: bool = False) -> int:
         """Apply all objects; returns the resource version of the Deployment."""
         spec = workload.spec.replace(template=workload.template)
-        deployment = self._seen.deployment(workload.fleet)
         manifests = render(
             spec,
             self._api,
@@ -241,7 +244,7 @@ class KubernetesBackend:
             replicas=workload.replicas,
             paused=workload.paused,
             revision=workload.revision,
-            owner=None if deployment is None else deployment.metadata.uid,
+            owner=await self._owner(workload.fleet),
             annotations=None if workload.resting is None else {naming.REPLICAS: str(workload.resting)},
             hpa=autoscaled,
             sized=not autoscaled,
@@ -260,6 +263,14 @@ class KubernetesBackend:
                 if self._announcer is not None:
                     self._announcer.appeared(spec.name, regarding("Deployment", made))
         return version
+
+    async def _owner(self, fleet: str) -> str | None:
+        """Uid of the Deployment as it is now, not as it was seen: what names one that is gone goes, too."""
+        try:
+            made = _read(await self._asked.request("GET", DEPLOYMENTS.path(self._namespace, fleet)))
+        except NotFound:
+            return None
+        return made.uid if made.deletion_timestamp is None else None
 
     async def _scale(self, fleet: str, replicas: int) -> int:
         path = DEPLOYMENTS.path(self._namespace, fleet, "scale")
@@ -285,9 +296,12 @@ class KubernetesBackend:
 
     async def delete(self, fleet: str) -> None:
         """Delete every object of the fleet; the pods go with their Deployment."""
-        assert self._api is not None, "open"
         self._said.pop(fleet, None)
         self._seen.wrote(fleet, None)
+        await self._delete_all(fleet)
+
+    async def _delete_all(self, fleet: str) -> None:
+        assert self._api is not None, "open"
         for listing in requests.kept_collections(self._api, self._seen.namespace, fleet).values():
             await delete_listed(self._to(fleet), listing)
 

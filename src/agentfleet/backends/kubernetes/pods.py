@@ -92,7 +92,7 @@ def ordered_of(deployment: Deployment | None, ours: Written | None = None) -> Or
             subresource: what differs from our own last word, and is newer, was said by somebody else.
     """
     if deployment is None or deployment.metadata.deletion_timestamp is not None:
-        return Ordered(0)
+        return Ordered(0, absent=True)
     spec = deployment.spec
     writer = _last_writer(deployment)
     seen = Ordered(

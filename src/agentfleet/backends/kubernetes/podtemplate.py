@@ -65,7 +65,7 @@ def _pod(rendering: Rendering) -> dict[str, Any]:
     options = rendering.options
     volumes, mounts = _volumes(rendering)
     return present(
-        serviceAccountName=options.service_account,
+        serviceAccountName=options.service_account or "default",  # left out, the server would keep the last one
         automountServiceAccountToken=options.mount_token,
         imagePullSecrets=[{"name": name} for name in options.pull_secrets],
         priorityClassName=options.priority_class,

@@ -121,7 +121,18 @@ class Sight:
 
     def ordered(self, fleet: str) -> Ordered | None:
         """What a fleet's Deployment has been told; None while we are telling it."""
-        return None if self._writing.get(fleet) else ordered_of(self.deployment(fleet), self._written.get(fleet))
+        if self._writing.get(fleet):
+            return None
+        written = self._written.get(fleet)
+        if self.deployment(fleet) is None and written is not None and not self.is_gone(fleet):
+            return None  # what we made is not seen yet
+        return ordered_of(self.deployment(fleet), written)
+
+    def is_gone(self, fleet: str) -> bool:
+        """Whether a Deployment that we have written has been deleted by somebody else."""
+        written = self._written.get(fleet)
+        gone = self.deployment(fleet) is None and written is not None
+        return gone and written is not None and self.deployments.version > written.version
 
     def last_ordered(self, fleet: str) -> Ordered | None:
         """What it was told last, by us if we have not seen our own word yet; None when there is no Deployment."""

@@ -174,7 +174,8 @@ class LibraryTransport:
         try:
             yield _Response(call, response, limits)
         finally:
-            response.release()  # back into the pool if it was read to its end, closed otherwise
+            _abort(response)
+            response.release()  # back into the pool if it was read to its end
 
     async def aclose(self) -> None:
         """Close every connection at once: a TLS farewell to a server that is gone would take its time."""
@@ -184,6 +185,13 @@ class LibraryTransport:
                 await connector.close(abort_ssl=True)
             await self._session.close()
         await asyncio.sleep(0)  # a transport closes its socket in the loop's next round
+
+
+def _abort(response: Any) -> None:
+    """Break off what was not read to its end: a TLS farewell would take its time, longer than our loop may last."""
+    connection = response.connection  # None once it was read to its end
+    if connection is not None and connection.transport is not None:
+        connection.transport.abort()
 
 
 class _Response:

@@ -207,7 +207,7 @@ class Kept:
     def ordered(self) -> Ordered:
         """What it was told."""
         if self._wanted is None:
-            return Ordered(0)
+            return Ordered(0, absent=True)
         return Ordered(self._wanted.replicas, self._wanted.revision, self._wanted.paused, self._by)
 
     def subscribe(self, watcher: MemoryObjectSendStream[Observation]) -> None:

@@ -1,0 +1,137 @@
+"""Events that never came, came twice or came late, and a control plane that stops: the level counts, not the edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+pytest.importorskip("kubernetes_asyncio")
+
+from tests.kube.faulty import LEAST, SIZE, Faulty, impatient, on, resized, until, upgraded
+from tests.kube.world import spec
+
+from agentfleet import Fleet
+from agentfleet.testing.kube import ControlPlane, drop_event, duplicate_event, expired_event, swap_events
+
+pytestmark = [pytest.mark.slow]  # not `integration`: a restarted API server is a new child process
+
+
+@pytest.fixture(scope="module")
+def plane(kube_assets: Path) -> Iterator[ControlPlane]:
+    """A control plane that may be hurt, and that waits for silent nodes as long as any other (40 s)."""
+    plane = ControlPlane(assets=kube_assets)
+    anyio.run(plane.start)
+    try:
+        yield plane
+    finally:
+        anyio.run(plane.stop)
+
+
+def test_a_watch_that_is_silent_is_noticed_and_what_it_hid_is_found(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scenarios 14, 18: pods came and went behind a dead connection; they are found, nobody overreacts."""
+    impatient(monkeypatch, silence=4.0)
+
+    async def test(there: Faulty) -> None:
+        async with there.fleet(spec(SIZE)) as fleet:
+            await fleet.deploy(timeout=60)
+            there.proxy.half_open()
+            listed = await plane.api.get(f"/api/v1/namespaces/{there.namespace}/pods")
+            for name in [each["metadata"]["name"] for each in listed["items"]][:3]:
+                await plane.api.delete(f"/api/v1/namespaces/{there.namespace}/pods/{name}")
+            await until(lambda: len(there.pods.good) == SIZE and len(there.pods.created) == SIZE + 3)
+            assert fleet.status()["good"] >= LEAST - 1, "what is not seen is not dead"
+            await there.proxy.heal()
+            await fleet.upgrade("2", timeout=90)
+            await there.ends_as_without_faults(spare=3)
+
+    on(plane, test, like=upgraded)
+
+
+def test_of_several_wishes_that_could_not_be_told_the_last_one_counts(plane: ControlPlane) -> None:
+    """Scenario 15: 8, 12, 10 and versions 2 and 3 while the server was out of reach: the last of each counts."""
+
+    async def test(there: Faulty) -> None:
+        async with there.fleet(spec(SIZE)) as fleet:
+            await fleet.deploy(timeout=60)
+            await there.proxy.refuse()
+            there.proxy.cut()
+            await fleet.scale(SIZE + 4)
+            await fleet.upgrade("2", wait=False)
+            await anyio.sleep(0.5)
+            await fleet.scale(SIZE + 2)
+            await fleet.upgrade("3", wait=False)
+            await there.proxy.accept()
+            await until(lambda: {each.version for each in fleet.instances} == {"3"}, 90)
+            await until(lambda: len(fleet.instances) == SIZE + 2)
+            await fleet.ready(timeout=60)
+            state = await there.outcome()
+            assert (state.end.sizes, state.end.ready) == ((SIZE + 2,), SIZE + 2)
+            assert '"agent:3"' in state.end.template
+            assert state.created <= SIZE + 2 * (SIZE + 4), "version 2, if it was told, was told once"
+
+    on(plane, test)
+
+
+def test_events_that_come_twice_late_or_never_change_nothing(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scenarios 16, 17, 19: in one upgrade events are dropped, doubled, swapped, and watches expire."""
+    impatient(monkeypatch, relist_every=5.0)
+
+    async def test(there: Faulty) -> None:
+        async def confuse(fleet: Fleet) -> None:
+            del fleet
+            there.proxy.inject(duplicate_event(), path="/pods", times=20)
+            there.proxy.inject(swap_events(), path="/pods", times=20, skip=20)
+            there.proxy.inject(drop_event(), path="/pods", times=10, skip=5)
+            there.proxy.inject(drop_event(), path="/deployments", times=5, skip=3)
+            there.proxy.inject(expired_event(), path="/(pods|deployments)", times=2, skip=30)
+
+        await upgraded(there, confuse)
+        await there.ends_as_without_faults()
+        assert there.pods.least >= LEAST
+
+    on(plane, test, like=upgraded)
+
+
+def test_a_history_that_is_compacted_away_is_listed_anew(plane: ControlPlane) -> None:
+    """Scenario 19: the manager was cut off, etcd was compacted and the API server restarted meanwhile (410)."""
+
+    async def test(there: Faulty) -> None:
+        async def compact(fleet: Fleet) -> None:
+            del fleet
+            await there.proxy.refuse()
+            there.proxy.cut()
+            await plane.compact(forget=True)
+            await there.proxy.accept()
+
+        await upgraded(there, compact)
+        await there.ends_as_without_faults()
+        assert there.pods.least >= LEAST
+
+    on(plane, test, like=upgraded)
+
+
+def test_an_etcd_that_stops_for_a_while_costs_no_instance(plane: ControlPlane) -> None:
+    """Scenarios 13, 18: no heartbeat and no event for 20 s, in which everything looks expired; nothing is replaced."""
+
+    async def test(there: Faulty) -> None:
+        async def freeze(fleet: Fleet) -> None:
+            plane.freeze_etcd()
+            try:
+                await anyio.sleep(20)
+                assert fleet.status()["good"] == SIZE
+                assert not there.events("instance.lost")
+            finally:
+                plane.thaw_etcd()
+
+        await resized(there, freeze)
+        assert not there.events("instance.lost")
+        await there.ends_as_without_faults()
+
+    on(plane, test, like=resized)
