@@ -23,7 +23,7 @@ demo: $(STAMP)  ## A real fleet lives, is hurt and heals before your eyes (under
 	$(BIN)/agentfleet demo --report build/demo-report.json
 
 test: $(STAMP) lint types layers  ## Everything that must hold: lint, types, layers, tests, and the tests on the built wheel
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS)
 	$(MAKE) --no-print-directory wheel-test
 
 wheel-test: $(STAMP)  ## The fast tests against the built wheel instead of the source tree

@@ -20,6 +20,13 @@ _missing: list[str] = []
 _lasting: set[ControlPlane] = set()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep all that share the control plane in one process when pytest runs in several: there is to be one plane."""
+    for item in items:
+        if "plane" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("plane"))
+
+
 @pytest.fixture(scope="session")
 def kube_assets() -> Path:
     """The directory of the control plane's programs. Without it tests skip here, and fail where CI=true."""

@@ -34,7 +34,7 @@ class EndState:
     sizes: tuple[int, ...]
     """The size of each Deployment."""
     ready: int
-    """Pods that are ready."""
+    """Pods that are ready and of their Deployment's present template: amid a rollout they are fewer than in the end."""
     template: str
     """The Deployments' pod templates, with what the revisions are called."""
 
@@ -124,12 +124,14 @@ async def end_state(plane: ControlPlane, namespace: str) -> EndState:
             if each["metadata"]["name"] not in _NOT_OURS and "deletionTimestamp" not in each["metadata"]
         ]
     deployments = found["deployments"]
+    present = [each["spec"]["template"]["metadata"]["labels"].items() for each in deployments]
     return EndState(
         owned={plural: len(items) for plural, items in found.items()},
         sizes=tuple(each["spec"]["replicas"] for each in deployments),
         ready=sum(
             any(each["type"] == "Ready" and each["status"] == "True" for each in _conditions(pod))
             for pod in found["pods"]
+            if any(labels <= pod["metadata"]["labels"].items() for labels in present)
         ),
         template=json.dumps([each["spec"]["template"] for each in deployments], sort_keys=True),
     )

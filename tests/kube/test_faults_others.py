@@ -241,7 +241,8 @@ def test_a_node_that_comes_back_with_its_old_pods_changes_nothing(plane: Control
             await there.kubelet.node_back(node)
             await until(lambda: not old & {each.id for each in fleet.instances}, 60)
             await fleet.ready(timeout=60)
-            assert sorted(member.instance.slot for member in fleet.view.members.values()) == list(range(SIZE))
+            slots = {member.instance.slot for member in fleet.view.members.values()}
+            assert len(slots) == SIZE, "each has a slot of its own; the newcomers' may be above those of the old"
             assert there.wanted is not None
             await comes_to(plane, there.namespace, there.wanted.end)
             assert len(there.pods.created) - SIZE <= len(old) + 1

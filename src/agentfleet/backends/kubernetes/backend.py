@@ -174,13 +174,13 @@ class KubernetesBackend:
         fleet, ordered = workload.fleet, Ordered(workload.replicas, workload.revision, workload.paused)
         configuration = self._configurations.get(fleet)
         with self._seen.writing(fleet):
-            if self._seen.is_gone(fleet):  # what belonged to it goes, too: by our hand, so that it is gone for certain
-                await self._delete_all(fleet)
+            if self._seen.is_gone(fleet) and await self._owner(fleet) is None:
+                await self._delete_all(fleet, but="Deployment")  # by our hand, so that it is gone for certain
                 self._said.pop(fleet, None)
             news = self._said.get(fleet) != said
             if news:
                 self._said.pop(fleet, None)
-            if workload.expendable and not workload.indifferent:
+            if workload.replicas and workload.expendable and not workload.indifferent:  # of none, none is chosen
                 await self._choose(workload)
             if self.keeps_size(workload.spec):
                 await self._say_autoscaled(workload, ordered, news=news)
@@ -300,10 +300,12 @@ class KubernetesBackend:
         self._seen.wrote(fleet, None)
         await self._delete_all(fleet)
 
-    async def _delete_all(self, fleet: str) -> None:
+    async def _delete_all(self, fleet: str, *, but: str | None = None) -> None:
+        """Delete what belongs to a fleet, but for one kind: a Deployment of its name may be another's by now."""
         assert self._api is not None, "open"
-        for listing in requests.kept_collections(self._api, self._seen.namespace, fleet).values():
-            await delete_listed(self._to(fleet), listing)
+        for kind, listing in requests.kept_collections(self._api, self._seen.namespace, fleet).items():
+            if kind != but:
+                await delete_listed(self._to(fleet), listing)
 
     # ------------------------------------------------------------------------------------------ single instances
 
