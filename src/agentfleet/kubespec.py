@@ -311,8 +311,6 @@ class KubernetesOptions(Spec):
     """Whether the kubelet restarts it. Off: agentfleet's own recovery does that, within its budget."""
     startup: Probe | bool | None = None
     """Holds the other probes off while an instance starts, for health.startup; by default beside a liveness probe."""
-    readiness_gate: bool = False
-    """Whether a pod is ready only when the manager agrees (condition agentfleet.io/serving)."""
     pre_stop: PreStop | None = None
 
     namespace: Name | None = None

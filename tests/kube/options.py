@@ -103,7 +103,6 @@ def options() -> st.SearchStrategy[KubernetesOptions]:
         readiness=st.booleans() | probes(),
         liveness=st.just(False) | probes(),
         startup=st.none() | st.just(False) | probes(),
-        readiness_gate=st.booleans(),
         pre_stop=st.none()
         | st.builds(PreStop, sleep=seconds(0.1, 60))
         | st.builds(PreStop, path=st.just("/bye"), allow=seconds(0, 9)),

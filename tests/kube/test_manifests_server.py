@@ -57,7 +57,6 @@ template:
         path: /pod
         source: {downwardAPI: {items: [{path: labels, fieldRef: {fieldPath: metadata.labels}}]}}
     liveness: {path: /health, period: 20s, failures: 6}
-    readiness_gate: true
     pre_stop: {sleep: 5s}
     component: worker
     part_of: research
@@ -216,7 +215,7 @@ def test_a_fleet_is_applied_again_without_a_change_and_deleted_whole(plane: Cont
     [
         ("list", ("", "pods"), True),
         ("create", ("", "pods/eviction"), True),
-        ("patch", ("", "pods/status"), True),
+        ("patch", ("", "pods/status"), False),
         ("patch", ("apps", "deployments/scale"), True),
         ("list", ("metrics.k8s.io", "pods"), True),
         ("update", ("coordination.k8s.io", "leases"), True),

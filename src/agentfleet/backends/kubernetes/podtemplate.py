@@ -74,7 +74,6 @@ def _pod(rendering: Rendering) -> dict[str, Any]:
         topologySpreadConstraints=_spread(rendering),
         affinity=thaw(options.affinity),
         securityContext=_pod_security(options.security),
-        readinessGates=[{"conditionType": naming.SERVING}] if options.readiness_gate else None,
         terminationGracePeriodSeconds=_grace(rendering),
         containers=[_container(rendering, mounts)],
         volumes=volumes,
