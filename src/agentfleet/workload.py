@@ -53,12 +53,15 @@ class WorkloadSizing(Sizing):
         """Take in what the engine has been told; what others told it is adopted and explained, not fought over."""
         state = self._desk.state
         told = self._sent.replicas if self._sent is not None else 0 if state is None else state.desired
-        first, self._known = self._known is None, seen
+        before, self._known = self._known, seen
         if state is None or state.deleted:
             return
         if seen.absent:
             self._miss()
             return
+        if seen.edit is not None and (before is None or before.edit != seen.edit):
+            self._note_foreign(replace(seen, by=seen.edit.by), "template")
+        first = before is None
         if self._engine_scales and (seen.by == AUTOSCALER or (first and seen.by is None)):
             if state.running and seen.replicas and seen.replicas != told:
                 self._follow_size(seen.replicas, told)

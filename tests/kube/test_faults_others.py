@@ -190,7 +190,6 @@ def test_a_template_that_somebody_edits_is_left_until_the_next_wish(plane: Contr
     on(plane, test)
 
 
-@pytest.mark.xfail(strict=True, reason="an edit that keeps the revision's label is not noticed")
 def test_a_template_that_somebody_edits_is_told(plane: ControlPlane) -> None:
     """Scenario 23: the journal says who has changed the template."""
 

@@ -66,6 +66,15 @@ class Removed:
 
 
 @dataclass(frozen=True, slots=True)
+class Edit:
+    """A change by hand of what instances are made from."""
+
+    by: str
+    at: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ordered:
     """What an engine that keeps a fleet by itself has been told to keep."""
 
@@ -77,6 +86,8 @@ class Ordered:
     """Who said so, when it was somebody else; `AUTOSCALER` for the engine's own."""
     absent: bool = False
     """Whether there is nothing that could be told: the engine does not know the fleet, or not any more."""
+    edit: Edit | None = None
+    """What somebody else has put into the instances' template since we told it last; None: it is ours."""
 
 
 AUTOSCALER = "the cluster's autoscaler"

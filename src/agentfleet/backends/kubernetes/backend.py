@@ -13,36 +13,30 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
-
 from agentfleet.backends.base import Observation, Ordered, Workload
 from agentfleet.backends.kubernetes import apply as requests
 from agentfleet.backends.kubernetes import naming, singles
 from agentfleet.backends.kubernetes.announcer import Announced, Announcer
 from agentfleet.backends.kubernetes.apiversions import ApiVersions
-from agentfleet.backends.kubernetes.connection import MERGE_PATCH, Connection, Requests
+from agentfleet.backends.kubernetes.connection import Connection, Requests
 from agentfleet.backends.kubernetes.errors import NotFound
 from agentfleet.backends.kubernetes.guard import Guard
 from agentfleet.backends.kubernetes.handover import hand_over, present_size
+from agentfleet.backends.kubernetes.informer import Informer
 from agentfleet.backends.kubernetes.manifests import Configuration, config_document, render
 from agentfleet.backends.kubernetes.marking import FIRST_WITH_COST, mark_expendable, remove_and_shrink
 from agentfleet.backends.kubernetes.notices import Regarding, regarding
-from agentfleet.backends.kubernetes.objects import Meta, Pod
+from agentfleet.backends.kubernetes.objects import Pod
 from agentfleet.backends.kubernetes.pods import Written, usage_of
 from agentfleet.backends.kubernetes.removal import delete_listed
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, POD_METRICS, PODS, decode, version_of
+from agentfleet.backends.kubernetes.sending import merge, metadata_in, send, version_in
 from agentfleet.backends.kubernetes.sight import Sight
 from agentfleet.core.leadership import Fence
 from agentfleet.errors import BackendUnavailable, Conflict, InstanceGone
 from agentfleet.events import Event
 from agentfleet.instances import Isolation, Phase, Usage
 from agentfleet.specs import AgentTemplate, FleetSpec
-
-
-class _Written(msgspec.Struct):
-    """The answer to a write."""
-
-    metadata: Meta
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +118,11 @@ class KubernetesBackend:
         if self._sight is None:
             raise BackendUnavailable("the backend is not open; use it inside 'async with backend:'")
         return self._sight
+
+    @property
+    def informers(self) -> Mapping[str, Informer[Any]]:
+        """What is watched, by name ("pods", "deployments", "nodes", "leases"): for their `metrics` and `staleness`."""
+        return self._seen.informers
 
     def fenced(self, fleet: str, fence: Fence) -> None:
         """From now on a fleet is written to in this term; what was said in earlier ones is forgotten."""
@@ -213,7 +212,7 @@ class KubernetesBackend:
         owner = None if about is None else about.uid
         manifest = config_document(spec, configuration, namespace=self._seen.namespace, owner=owner)
         if manifest is not None:
-            await self._send(spec.name, requests.apply(manifest, manager=naming.CONFIG_MANAGER))
+            await send(self._to(spec.name), requests.apply(manifest, manager=naming.CONFIG_MANAGER))
 
     def keeps_size(self, spec: FleetSpec) -> bool:
         """Whether the cluster's own autoscaler scales this fleet."""
@@ -256,9 +255,9 @@ class KubernetesBackend:
         await self._say_configuration(spec)
         version = 0
         for manifest in manifests.objects:
-            answer = await self._send(spec.name, requests.apply(manifest))
+            answer = await send(self._to(spec.name), requests.apply(manifest))
             if manifest["kind"] == "Deployment":
-                made = _read(answer)
+                made = metadata_in(answer)
                 version = version_of(made) or 0
                 if self._announcer is not None:
                     self._announcer.appeared(spec.name, regarding("Deployment", made))
@@ -267,14 +266,14 @@ class KubernetesBackend:
     async def _owner(self, fleet: str) -> str | None:
         """Uid of the Deployment as it is now, not as it was seen: what names one that is gone goes, too."""
         try:
-            made = _read(await self._asked.request("GET", DEPLOYMENTS.path(self._namespace, fleet)))
+            made = metadata_in(await self._asked.request("GET", DEPLOYMENTS.path(self._namespace, fleet)))
         except NotFound:
             return None
         return made.uid if made.deletion_timestamp is None else None
 
     async def _scale(self, fleet: str, replicas: int) -> int:
         path = DEPLOYMENTS.path(self._namespace, fleet, "scale")
-        return _version(await self._merge(fleet, path, {"spec": {"replicas": replicas}}))
+        return version_in(await merge(self._to(fleet), path, {"spec": {"replicas": replicas}}))
 
     async def _choose(self, workload: Workload) -> None:
         """Have those go first who are to go."""
@@ -384,33 +383,3 @@ class KubernetesBackend:
         """Pods are asked without one."""
         del fleet, id
         return None
-
-    # ------------------------------------------------------------------------------------------ sending
-
-    async def _send(self, fleet: str, request: requests.Request) -> bytes:
-        return await self._to(fleet).request(
-            request.method,
-            request.path,
-            query=request.query,
-            body=request.body or None,
-            content_type=request.content_type or "application/json",
-        )
-
-    async def _merge(self, fleet: str, path: str, patch: Mapping[str, Any]) -> bytes:
-        return await self._to(fleet).request(
-            "PATCH",
-            path,
-            query={"fieldManager": naming.MANAGER},
-            body=json.dumps(patch).encode(),
-            content_type=MERGE_PATCH,
-        )
-
-
-def _read(answer: bytes) -> Meta:
-    """The metadata of what a write has made."""
-    return decode(msgspec.json.Decoder(_Written).decode, answer, "the answer to a write").metadata
-
-
-def _version(answer: bytes) -> int:
-    """The resource version that a write has made."""
-    return version_of(_read(answer)) or 0

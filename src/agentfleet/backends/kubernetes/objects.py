@@ -291,12 +291,29 @@ class ReplicaSet(Slim, frozen=True):
     status: ReplicasStatus = ReplicasStatus()
 
 
+class Owns(Slim, frozen=True):
+    """That fields are somebody's; which ones within is not kept."""
+
+
+class OwnedSpec(Slim, frozen=True):
+    """Fields of a spec that are somebody's."""
+
+    template: Owns | None = msgspec.field(default=None, name="f:template")
+
+
+class OwnedFields(Slim, frozen=True):
+    """Fields of an object that are somebody's."""
+
+    spec: OwnedSpec = msgspec.field(default=OwnedSpec(), name="f:spec")
+
+
 class ManagedField(Slim, frozen=True):
     """Who wrote some of an object's fields, and when last."""
 
     manager: str = ""
     subresource: str = ""
     time: Time | None = None
+    fields: OwnedFields = msgspec.field(default=OwnedFields(), name="fieldsV1")
 
 
 class DeploymentMeta(Meta, frozen=True):

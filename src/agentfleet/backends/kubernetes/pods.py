@@ -6,7 +6,7 @@ import datetime as dt
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from agentfleet.backends.base import AUTOSCALER, Ordered
+from agentfleet.backends.base import AUTOSCALER, Edit, Ordered
 from agentfleet.backends.kubernetes import naming
 from agentfleet.backends.kubernetes.objects import Annotations, ContainerStatus, Deployment, Pod, PodMetrics
 from agentfleet.backends.kubernetes.objects import Node as KubeNode
@@ -99,11 +99,14 @@ def ordered_of(deployment: Deployment | None, ours: Written | None = None) -> Or
         replicas=1 if spec.replicas is None else spec.replicas,
         revision=_number(spec.template.metadata.labels.get(naming.REVISION)),
         paused=spec.paused,
+        edit=_edit(deployment),
     )
     if ours is None:
         return replace(seen, by=None if writer in (naming.MANAGER, None) else writer)
     version = version_of(deployment.metadata) or 0
-    if seen == ours.ordered or version < ours.version:
+    if version < ours.version:
+        return replace(seen, edit=None)
+    if replace(seen, edit=None) == ours.ordered:
         return seen
     if _is_autoscaled(seen, ours):
         return replace(seen, by=AUTOSCALER if writer in (naming.MANAGER, None) else writer)
@@ -117,7 +120,24 @@ def _is_autoscaled(seen: Ordered, ours: Written) -> bool:
     if ours.autoscaled is None or not ours.ordered.replicas:
         return False
     least, most = ours.autoscaled
-    return least <= seen.replicas <= most and replace(seen, replicas=ours.ordered.replicas) == ours.ordered
+    return least <= seen.replicas <= most and replace(seen, replicas=ours.ordered.replicas, edit=None) == ours.ordered
+
+
+def _edit(deployment: Deployment) -> Edit | None:
+    """Who has written into the pod template after our last apply of it; the server keeps whole seconds.
+
+    A field that is applied again is its applier's alone, so an edit that we have overwritten is not found any more.
+    """
+    wrote = [
+        (each.time, each.manager)
+        for each in deployment.metadata.managed_fields
+        if each.fields.spec.template is not None and each.time is not None and each.manager not in _CLUSTER
+    ]
+    ours = [time for time, manager in wrote if manager == naming.MANAGER]
+    if not ours:
+        return None
+    edits = [(time, manager) for time, manager in wrote if manager != naming.MANAGER and time > max(ours)]
+    return Edit(max(edits)[1], max(edits)[0].timestamp()) if edits else None
 
 
 def _last_writer(deployment: Deployment) -> str | None:

@@ -11,10 +11,10 @@ heartbeats' own watch is silent, it is our sight that is lost, and nothing is sa
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import anyio
 from anyio.abc import TaskGroup
@@ -87,6 +87,11 @@ class Sight:
             for watch in watches:
                 watch.close()
         await self._stack.__aexit__(None, None, None)
+
+    @property
+    def informers(self) -> Mapping[str, Informer[Any]]:
+        """The watches by what they see."""
+        return {"pods": self.pods, "deployments": self.deployments, "nodes": self._nodes, "leases": self._leases}
 
     async def wait_synced(self, timeout: float = 60.0) -> None:
         """Wait until everything has been seen once; raises like `Informer.wait_synced`."""
