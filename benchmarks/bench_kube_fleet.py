@@ -412,7 +412,7 @@ async def busy(world: World) -> None:
         await world.kubectl("scale", "deployment", "plain", "--replicas=200")
         await world.at("plain", 200)
         listed = await world.plane.api.get(f"/api/v1/namespaces/{world.namespace}/pods")
-        names = [each["metadata"]["name"] for each in listed["items"]]
+        names = [name for each in listed["items"] if (name := each["metadata"]["name"]).startswith("plain-")]
         unlucky = set(rng.sample(names, 100))
         await world.kubectl("scale", "deployment", "plain", "--replicas=100")
         await world.at("plain", 100)
