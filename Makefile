@@ -16,17 +16,17 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --without-pip $(VENV)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cli,jsonschema,kubernetes]' --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cli,client,jsonschema,kubernetes,server,sql]' --group dev
 	@touch $@
 
 demo: $(STAMP)  ## A real fleet lives, is hurt and heals before your eyes (under two minutes)
 	$(BIN)/agentfleet demo --report build/demo-report.json
 
 test: $(STAMP) lint types layers  ## Everything that must hold: lint, types, layers, tests, and the tests on the built wheel
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup $(PYTEST_ARGS)
 	$(MAKE) --no-print-directory wheel-test
 
-wheel-test: $(STAMP)  ## The fast tests against the built wheel instead of the source tree
+wheel-test: $(STAMP)  ## The built wheel against the source tree, and tests on it
 	$(BIN)/python tests/run_on_wheel.py
 
 bench: $(STAMP)  ## The figures, each with how it grows

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -16,6 +15,8 @@ import agentfleet
 
 # tests import their helpers as `tests.…`, however pytest was started
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.leftovers import children, descriptors
 
 expected = os.environ.get("AGENTFLEET_EXPECT_AT")
 if expected is not None and not (agentfleet.__file__ or "").startswith(expected):
@@ -41,29 +42,10 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("integration") is None:
         yield
         return
-    process = psutil.Process()
-    before = (_children(process), _descriptors())
+    before, open_before = children(), descriptors()
     yield
     gc.collect()
-    after = (_children(process), _descriptors())
-    assert after[0] <= before[0], f"child processes left: {sorted(after[0] - before[0])}"
-    new = {fd: name for fd, name in after[1].items() if before[1].get(fd) != name}
+    left = children() - before
+    assert not left, f"child processes left: {sorted(left)}"
+    new = {fd: name for fd, name in descriptors().items() if open_before.get(fd) != name}
     assert not new, f"file descriptors left: {new}"
-
-
-def _children(process: psutil.Process) -> set[int]:
-    return {child.pid for child in process.children(recursive=True)}
-
-
-def _descriptors() -> dict[str, str]:
-    """Open descriptors by number, and what they are open on (sockets by inode, so a reused number is seen)."""
-    found: dict[str, str] = {}
-    folder = Path("/proc/self/fd")
-    if not folder.exists():  # not Linux: nothing to compare
-        return found
-    for entry in folder.iterdir():
-        try:
-            found[entry.name] = str(entry.readlink())
-        except FileNotFoundError:
-            continue  # the descriptor of this very listing
-    return found

@@ -12,7 +12,10 @@ import pytest
 from tests.test_examples import run
 
 import agentfleet
+from agentfleet.backends.kubernetes.measures import MEASURES
 from agentfleet.core.recovery import Remedy
+from agentfleet.selfmetrics import SELF_METRICS
+from agentfleet.server.metrics import API_METRICS
 from agentfleet.telemetry import METRICS
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +117,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ nothing left out
 
-RECORDERS = {"record", "_record", "write", "_set", "Event"}
+RECORDERS = {"record", "_record", "_note", "write", "_set", "Event"}
 KIND = re.compile(r"[a-z]+(\.[a-z_]+)+")
 
 
@@ -170,9 +173,11 @@ def test_every_event_is_told() -> None:
 
 
 def test_every_metric_is_told() -> None:
-    told = first_column("events.md", r"agentfleet_\w+")
-    assert len(told) == len(set(told))
-    assert set(told) == set(METRICS)
+    pages = {"events.md": METRICS, "managers.md": SELF_METRICS, "rest.md": API_METRICS, "kubernetes.md": MEASURES}
+    for page, metrics in pages.items():
+        told = first_column(page, r"agentfleet_\w+")
+        assert len(told) == len(set(told))
+        assert set(told) == set(metrics)
 
 
 def test_every_public_name_is_told() -> None:

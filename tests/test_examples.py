@@ -25,6 +25,20 @@ SAYS = {
     "dispatch_tasks": ("60 tasks done by 3 agents, 0 open", "task-7 again: {'number': 7}"),
     "rolling_upgrade": ("revision 2 is rolled out", "revision 3 could not be rolled out", "{'2.0.0': 40}"),
     "fleet_tests": ("5 passed",),
+    "two_managers": ("asked twice, it is one operation: True", "it succeeded: version 2.0, 4 of 4 good"),
+    "rest_server": (
+        "created: creating then succeeded",
+        "asked twice, it is one operation: True",
+        "event: rollout.completed 1.1",
+        "audited: 6 changes, the last by token/ops",
+        "refused: PUT /api/v1/clusters/researchers/scale: this needs the scope operate, and token/wall has read",
+    ),
+    "config_in_rings": (
+        "large: config.rolled_out",
+        "poison: config.halted  1 of 1 instances turned sick",
+        "revision 4 by agentfleet restores 2: {'model': 'large'}",
+        "how many run which: {'4': 4}",
+    ),
     "week_of_fleet_life": ("instance.recovered", "availability "),
 }
 
@@ -57,7 +71,7 @@ def run(*command: str, folder: Path) -> str:
     program = subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
-        env={**os.environ, "AGENTFLEET_TEST_RUN": mark, "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "FLEET_TEST_RUN": mark, "PYTHONDONTWRITEBYTECODE": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -85,7 +99,7 @@ def _marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("AGENTFLEET_TEST_RUN") == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get("FLEET_TEST_RUN") == mark and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # another's, or gone by now

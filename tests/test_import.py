@@ -14,13 +14,14 @@ import agentfleet
 
 HEAVY = [
     "prometheus_client", "psutil", "tenacity", "trio", "click", "rich", "jsonschema", "hypothesis", "pytest",
-    "kubernetes_asyncio", "kubernetes", "aiohttp", "msgspec", "sqlalchemy", "redis", "numpy", "pandas", "IPython",
+    "kubernetes_asyncio", "kubernetes", "aiohttp", "msgspec", "sqlalchemy", "fastapi", "starlette", "uvicorn", "redis",
+    "numpy", "pandas", "IPython",
 ]  # fmt: skip
 
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(agentfleet.__path__, "agentfleet.")
-    if not module.name.endswith("__main__")  # to import it is to run it
+    if not module.name.endswith(("__main__", ".migrations.env"))  # to import it is to run it
 )
 
 

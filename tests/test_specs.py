@@ -308,6 +308,19 @@ def test_an_error_in_a_text_names_each_wrong_field_on_a_line() -> None:
     assert 'like "250m"' in lines[2]
 
 
+def test_a_size_of_a_billion_is_refused_wherever_it_is_written() -> None:
+    """The message names the field and the most that it may be."""
+    good = FleetSpec.from_yaml("name: a\ntemplate: {command: [x]}\nreplicas: 1000000\n")
+    most = "less than or equal to 1000000"
+    for text in ("replicas: 1000000000", "scaling: {max_replicas: 1000000000}"):
+        with pytest.raises(SpecError, match=f"replicas: .*{most}"):
+            FleetSpec.from_yaml(f"name: a\ntemplate: {{command: [x], cpu: 1}}\n{text}\n")
+    with pytest.raises(ValidationError, match=f"replicas\n.*{most}"):
+        good.replace(replicas=10**9)
+    with pytest.raises(SpecError, match="replicas must be a whole number from 0 to 1,000,000, not 1000000000"):
+        good.check_size(10**9)
+
+
 def test_a_thousand_errors_are_not_a_thousand_lines() -> None:
     with pytest.raises(SpecError) as caught:
         FleetSpec.parse({"name": "a", "template": {"command": ["x"], "env": {f"k{n}": n for n in range(1000)}}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -44,9 +45,15 @@ def fill(telemetry: Telemetry, fleet: str) -> None:
         event("config.published", fleet, revision=3),
         event("config.delivered", fleet, revision=2, last_s=0.4),
         event("config.rejected", fleet),
+        event("resizing.reached", fleet, **{"from": 1, "to": 5, "seconds": 7.0}),
+        event("resizing.failed", fleet, **{"from": 5, "to": 4, "seconds": 600.0}),
     ]:
         telemetry.record(found)
     telemetry.set_instances(fleet, {"idle": 3, "sick": 0})
+    telemetry.set_nodes(fleet, {"ready": 2, "not_ready": 1})
+    telemetry.set_resource(fleet, "cpu", 1.5, 3.0)
+    telemetry.set_ailing(fleet, 12.0)
+    telemetry.set_scale_failures(fleet, 2)
     telemetry.set_prober_lag(fleet, 0.1)
     telemetry.observe_action(fleet, "stop", 0.3)
     telemetry.observe_probe(fleet, "http", 0.01, ok=False)
@@ -75,7 +82,17 @@ def test_values() -> None:
     assert value(telemetry, "config_acked_revision") == 2
     assert value(telemetry, "config_acked_lag_revisions") == 1
     assert value(telemetry, "decisions_total", kind="rollout.completed") == 1
-    assert value(telemetry, "journal_appends_total") == 8
+    assert value(telemetry, "journal_appends_total") == 10
+    assert value(telemetry, "nodes", state="not_ready") == 1
+    assert value(telemetry, "resource_used", resource="cpu") == 1.5
+    assert value(telemetry, "resource_requested", resource="cpu") == 3
+    assert value(telemetry, "ailing_seconds") == 12
+    assert value(telemetry, "scale_failures_in_a_row") == 2
+    assert value(telemetry, "scale_outcomes_total", direction="up", outcome="reached") == 1
+    assert value(telemetry, "scale_outcomes_total", direction="down", outcome="failed") == 1
+    assert value(telemetry, "scale_outcomes_total", direction="down", outcome="reached") == 0
+    assert value(telemetry, "scale_seconds_sum", direction="up") == 7
+    assert value(telemetry, "scale_seconds_sum", direction="down") is None, "a failure has no duration"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +124,7 @@ KINDS = st.sampled_from(
         "config.published",
         "config.delivered",
         "config.rejected",
+        "resizing.reached",
         "recovery.restart",
         "whatever",
     ]
@@ -140,7 +158,8 @@ def test_labels_are_bounded() -> None:
         for sample in family.samples:
             fleets.add(sample.labels["fleet"])
             kinds.add(sample.labels.get("kind"))
-            outcomes.add(sample.labels.get("outcome"))
+            if sample.name == "agentfleet_actions_total":
+                outcomes.add(sample.labels["outcome"])
     assert fleets == {"fleet-0", "fleet-1", "fleet-2", OTHER}
     assert len(kinds) <= 6
     assert len(outcomes) <= 6
@@ -156,6 +175,57 @@ def test_a_forgotten_fleet_leaves_nothing_and_makes_room() -> None:
     assert b'fleet="a"' not in telemetry.render()
     fill(telemetry, "b")
     assert b'fleet="b"' in telemetry.render()
+
+
+def test_who_leads_no_more_says_nothing_of_how_a_fleet_stands() -> None:
+    """What it has counted stays: a counter that vanished would look like one that begins anew."""
+    telemetry = Telemetry()
+    fill(telemetry, "a")
+    fill(telemetry, "b")
+    telemetry.leave("a")
+    telemetry.leave("never-was")
+    families = {family.name: family for family in text_string_to_metric_families(telemetry.render().decode())}
+    for name, metric in METRICS.items():
+        fleets = {sample.labels["fleet"] for sample in families[name].samples}
+        assert fleets == ({"b"} if metric.kind == "gauge" else {"a", "b"}), name
+    fill(telemetry, "a")
+    assert value(telemetry, "instances", state="idle") == 3
+    assert value(telemetry, "config_acked_lag_revisions") == 1
+    assert value(telemetry, "detection_seconds_count") == 2
+
+
+def test_what_is_not_known_of_a_resource_is_not_shown() -> None:
+    telemetry = Telemetry()
+    telemetry.set_resource("a", "memory", 5.0, None)
+    assert value(telemetry, "resource_used", resource="memory") == 5
+    assert value(telemetry, "resource_requested", resource="memory") is None
+    telemetry.set_resource("a", "memory", None, None)
+    assert value(telemetry, "resource_used", resource="memory") is None
+
+
+def test_failures_can_be_counted_from_the_first_one() -> None:
+    """A series that begins at 1 never shows a rise: Prometheus sees no 0 before it."""
+    telemetry = Telemetry()
+    telemetry.set_desired("a", 3)
+    assert value(telemetry, "verdict_changes_total", verdict="dead") == 0
+    assert value(telemetry, "scale_outcomes_total", direction="up", outcome="failed") == 0
+    assert value(telemetry, "recovery_seconds_count") == 0
+
+
+def test_it_may_be_rendered_in_another_thread() -> None:
+    """While fleets come, count, and go."""
+    telemetry = Telemetry()
+    with ThreadPoolExecutor(1) as pool:
+        rendering = pool.submit(lambda: [telemetry.render() for _ in range(20)])
+        number = 0
+        while not rendering.done() or number < 50:
+            fill(telemetry, f"fleet-{number}")
+            telemetry.leave(f"fleet-{number - 5}")
+            telemetry.forget(f"fleet-{number - 10}")
+            number += 1
+        for text in rendering.result():
+            list(text_string_to_metric_families(text.decode()))
+    assert b'fleet="fleet-0"' not in telemetry.render()
 
 
 def test_registries_do_not_collide_and_can_be_given() -> None:

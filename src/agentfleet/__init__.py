@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from agentfleet.backends.memory import MemoryBackend
     from agentfleet.backends.process import ProcessBackend
     from agentfleet.clock import Clock, SystemClock
+    from agentfleet.configspec import ConfigRollout
+    from agentfleet.configstatus import ConfigStatus
     from agentfleet.configstore import ConfigStore
     from agentfleet.dispatch import Dispatcher
     from agentfleet.endpoints import Endpoint, Endpoints
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
         InstanceGone,
         JournalError,
         MissingExtra,
+        NotFound,
         NotLeader,
         OperationRefused,
+        Outdated,
         RolloutFailed,
         SpecError,
     )
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from agentfleet.health import HealthMonitor
     from agentfleet.instances import AgentStatus, HealthState, Instance, Isolation, Node, Phase, Usage
     from agentfleet.leadership import Leadership
+    from agentfleet.manager import FleetManager
     from agentfleet.specs import (
         AgentTemplate,
         Backoff,
@@ -72,6 +77,8 @@ _HOMES = {
     "backends.memory": ("MemoryBackend",),
     "backends.process": ("ProcessBackend",),
     "clock": ("Clock", "SystemClock"),
+    "configspec": ("ConfigRollout",),
+    "configstatus": ("ConfigStatus",),
     "configstore": ("ConfigStore",),
     "dispatch": ("Dispatcher",),
     "endpoints": ("Endpoint", "Endpoints"),
@@ -89,8 +96,10 @@ _HOMES = {
         "InstanceGone",
         "JournalError",
         "MissingExtra",
+        "NotFound",
         "NotLeader",
         "OperationRefused",
+        "Outdated",
         "RolloutFailed",
         "SpecError",
     ),
@@ -99,6 +108,7 @@ _HOMES = {
     "health": ("HealthMonitor",),
     "instances": ("AgentStatus", "HealthState", "Instance", "Isolation", "Node", "Phase", "Usage"),
     "leadership": ("Leadership",),
+    "manager": ("FleetManager",),
     "specs": (
         "AgentTemplate",
         "Backoff",
@@ -139,6 +149,8 @@ __all__ = [
     "ConfigError",
     "ConfigInvalid",
     "ConfigNotFound",
+    "ConfigRollout",
+    "ConfigStatus",
     "ConfigStore",
     "Conflict",
     "CpuTarget",
@@ -149,6 +161,7 @@ __all__ = [
     "Endpoints",
     "Event",
     "Fleet",
+    "FleetManager",
     "FleetSpec",
     "HealthMonitor",
     "HealthPolicy",
@@ -168,8 +181,10 @@ __all__ = [
     "MetricTarget",
     "MissingExtra",
     "Node",
+    "NotFound",
     "NotLeader",
     "OperationRefused",
+    "Outdated",
     "Phase",
     "ProcessBackend",
     "QueueTarget",

@@ -17,7 +17,7 @@ from anyio.abc import TaskGroup
 
 from agentfleet.backends.base import Backend, Creation, Engine, Workload, WorkloadBackend
 from agentfleet.clock import Clock
-from agentfleet.core.leadership import Fence, NoFence
+from agentfleet.core.fence import Fence, NoFence
 from agentfleet.errors import BackendError, DeadlineExceeded, NotLeader
 from agentfleet.fencing import Fenced
 from agentfleet.instances import Isolation

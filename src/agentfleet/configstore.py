@@ -11,10 +11,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -22,6 +20,12 @@ from pydantic import BaseModel
 
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.configchecks import Checks, Schema, Validator
+from agentfleet.configpublish import Done, DryRun, Publication
+from agentfleet.configspec import ConfigRollout
+from agentfleet.configverify import verify_chain, verify_ends
+from agentfleet.configwatch import ConfigWatch
+from agentfleet.configwords import check_audit, check_number, check_request, check_words
+from agentfleet.core.configrollout import ConfigPhase
 from agentfleet.core.documents import Change, Problem, check, diff
 from agentfleet.errors import (
     ConfigConflict,
@@ -29,47 +33,21 @@ from agentfleet.errors import (
     ConfigInvalid,
     ConfigNotFound,
     DeadlineExceeded,
+    KeyReused,
+    OperationRefused,
     SpecError,
 )
 from agentfleet.events import Event
-from agentfleet.stores.config import ConfigRecords, ConfigRevision
+from agentfleet.stores.config import ConfigRecords, ConfigRevision, RolloutRecord
 from agentfleet.stores.config_memory import MemoryConfig
 from agentfleet.stores.journal import Journal
 from agentfleet.units import show
 from agentfleet.waiting import seconds_of
 
-_PAGE = 64
 _TRIES = 100
 _MOST = 20
 _STATE = "state.config_store"  # "state.config" is what was delivered to a fleet
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class DryRun:
-    """What a publication would do.
-
-    Attributes:
-        problems: Why it would be refused; empty if it would not.
-        changes: Differences from the revision that is the newest now (all added if there is none).
-        against: Number of that revision; 0 if there is none.
-    """
-
-    problems: tuple[Problem, ...]
-    changes: tuple[Change, ...]
-    against: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether the document would be published."""
-        return not self.problems
-
-
-@dataclass(frozen=True, slots=True)
-class _Audit:
-    author: str
-    reason: str
-    restores: int | None = None
 
 
 class ConfigStore:
@@ -103,26 +81,48 @@ class ConfigStore:
         self._clock: Clock = clock if clock is not None else SystemClock()
         self._max_bytes, self._max_depth, self._timeout = max_bytes, max_depth, seconds_of(timeout, "timeout")
         self._checks: dict[str, Checks] = {}
+        self._others = Checks()
         self._seen: dict[str, int] = {}
 
-    def register(self, key: str, *, schema: Schema | None = None, validators: Iterable[Validator] = ()) -> None:
+    def register(
+        self,
+        key: str,
+        *,
+        schema: Schema | None = None,
+        validators: Iterable[Validator] = (),
+        plain_secrets: bool = False,
+    ) -> None:
         """Say what documents of `key` must satisfy from now on; replaces what was registered before.
 
         Args:
             key: The documents' key, such as a fleet's name.
             schema: A pydantic model class, or a JSON schema.
-            validators: Functions that take the document and return what is wrong (None, a string, or several), or
-                raise ValueError. They may be async.
+            validators: Functions that take the document and return what is wrong (None, a string, several, or a
+                dictionary of each field's path and what is wrong with it), or raise ValueError. They may be async.
+            plain_secrets: Whether fields that look like secrets may hold text; see `core.secrets`.
 
         Raises:
-            SpecError: The key or the schema is no such thing.
+            SpecError: The key or the schema is no such thing, or the schema refers to what it does not contain.
             MissingExtra: A JSON schema is given and `agentfleet[jsonschema]` is not installed.
         """
-        _check_words(key=key)
-        self._checks[key] = Checks(schema, validators)
+        check_words(key=key)
+        self._checks[key] = Checks(schema, validators, plain_secrets=plain_secrets)
+
+    def register_others(self, schema: Schema) -> None:
+        """Say what documents of all keys must satisfy for which nothing is registered. Raises like `register`."""
+        self._others = Checks(schema)
 
     async def put(
-        self, key: str, document: object, *, author: str, reason: str, expect: int | None = None
+        self,
+        key: str,
+        document: object,
+        *,
+        author: str,
+        reason: str,
+        expect: int | None = None,
+        origin: str = "",
+        rollout: ConfigRollout | None = None,
+        request: str = "",
     ) -> ConfigRevision:
         """Publish a document as the newest revision of `key`.
 
@@ -132,38 +132,61 @@ class ConfigStore:
             author: Who publishes it.
             reason: Why.
             expect: The revision that this one is based on (0: there is none yet); None publishes whatever came before.
+            origin: Where from, such as the address of a client.
+            rollout: How it reaches the fleet in steps; None is to all at once, and ends a rollout that is under way.
+            request: Up to 64 characters that tell this request from all others; where it was done already, the revision
+                that it has published is returned. Remembered as long as that is kept. Empty: it is done each time.
 
         Raises:
             ConfigInvalid: It fails validation; each line names a field and the fix. Nothing was stored.
             ConfigConflict: `expect` is not the newest revision. Nothing was stored.
-            SpecError: Key, author, reason or `expect` are not usable. Nothing was stored.
+            SpecError: Key, author, reason, `expect` or `rollout` are not usable. Nothing was stored.
+            OperationRefused: With `rollout`: another is not over, or there is nothing to go back to.
+            KeyReused: `request` has published something else.
             DeadlineExceeded: The records did not answer in time; whether it was stored is unknown.
             JournalError: It was stored, but could not be journaled.
         """
-        _check_words(key=key, author=author, reason=reason)
+        check_audit(key, author, reason, origin)
         if expect is not None:
-            _check_number("expect", expect)
-        return await self._publish(key, document, _Audit(author, reason), expect)
+            check_number("expect", expect)
+        if rollout is not None and not isinstance(rollout, ConfigRollout):
+            raise SpecError(f"rollout: must be a ConfigRollout, not {show(rollout)}")
+        check_request(request)
+        why = Publication(author, reason, origin, rollout=rollout, request=request)
+        return await self._publish(key, document, why, expect)
 
     async def rollback(
-        self, key: str, revision: int, *, author: str, reason: str, expect: int | None = None
+        self,
+        key: str,
+        revision: int,
+        *,
+        author: str,
+        reason: str,
+        expect: int | None = None,
+        origin: str = "",
+        request: str = "",
     ) -> ConfigRevision:
         """Publish the content of an earlier revision again, under a new number.
 
         The content must satisfy what is registered now. Raises like `put`, and `ConfigNotFound`.
         """
-        _check_words(key=key, author=author, reason=reason)
-        _check_number("revision", revision)
+        check_audit(key, author, reason, origin)
+        check_number("revision", revision)
         if expect is not None:
-            _check_number("expect", expect)
+            check_number("expect", expect)
+        check_request(request)
+        why = Publication(author, reason, origin, revision, request=request)
+        done = await self._requested(key, None, why)
+        if done is not None:  # even if what it brought back is kept no longer
+            return done
         old = await self.get(key, revision)
-        return await self._publish(key, old.document, _Audit(author, reason, revision), expect)
+        return await self._publish(key, old.document, why, expect)
 
     async def dry_run(self, key: str, document: object, *, expect: int | None = None) -> DryRun:
         """Validate and compare without storing or journaling anything."""
-        _check_words(key=key)
+        check_words(key=key)
         if expect is not None:
-            _check_number("expect", expect)
+            check_number("expect", expect)
         text, found = await self._examine(key, document)
         newest = await self._newest(key)
         against = newest.revision if newest is not None else 0
@@ -189,7 +212,7 @@ class ConfigStore:
             if newest.revision < self._floor(key):
                 raise ConfigError(self._regressed(key, newest.revision))
             return newest
-        _check_number("revision", revision)
+        check_number("revision", revision)
         found = await self._ask(self._records.find(key, revision))
         if found is None:
             raise ConfigNotFound(f"configuration {key!r:.300} has no revision {revision}; see history({key!r:.300})")
@@ -208,14 +231,47 @@ class ConfigStore:
         before, after = await self.get(key, a), await self.get(key, b)
         return diff(before.document, after.document)
 
+    async def verify(self, key: str) -> int:
+        """Check that no kept revision was altered, left out, put in or cut off since it was published.
+
+        Each revision holds the hash of the one before; the journal, if there is one, that of the newest it has seen.
+        Who may write all of these can make another history that fits; see docs/security.md.
+
+        Returns:
+            How many revisions were checked.
+
+        Raises:
+            ConfigError: One does not fit; the message names it.
+        """
+        last = self._journal.last_state(key, _STATE) if self._journal is not None else None
+        checked, newest = await verify_chain(self._records, key, None if last is None else last.data, self._ask)
+        if newest < self._floor(key):
+            raise ConfigError(self._regressed(key, newest))
+        await verify_ends(self._records, key, newest, self._ask)
+        return checked
+
+    async def rollout(self, key: str) -> RolloutRecord | None:
+        """How far the newest rollout in steps has come; None if there never was one."""
+        return await self._ask(self._records.rollout(key))
+
+    async def advance(self, record: RolloutRecord, *, expect: int) -> None:
+        """Write how far a rollout has come; for the fleet's leader. Raises as `ConfigRecords.advance`."""
+        await self._ask(self._records.advance(record, expect=expect))
+
+    async def changed(self, key: str, revision: int, version: int | None = None) -> None:
+        """Wait as `ConfigRecords.changed`; may return early, never late."""
+        await self._records.changed(key, revision, version)
+
     def watch(self, key: str, *, after: int = 0) -> ConfigWatch:
         """Every revision greater than `after`, in order, none left out or repeated; then each new one. See there."""
-        _check_number("after", after)
+        check_number("after", after)
         return ConfigWatch(self, key, after)
 
-    async def _publish(self, key: str, document: object, why: _Audit, expect: int | None) -> ConfigRevision:
+    async def _publish(self, key: str, document: object, why: Publication, expect: int | None) -> ConfigRevision:
         text, found = await self._examine(key, document)
-        data: dict[str, Any] = {"author": why.author, "reason": why.reason, "restores": why.restores}
+        if (done := await self._requested(key, text, why)) is not None:
+            return done
+        data = why.told()
         if found:
             error = ConfigInvalid(
                 "\n  ".join([f"configuration {key!r} is not valid, nothing was stored:", *map(str, found)])
@@ -224,27 +280,35 @@ class ConfigStore:
             raise error
         try:
             stored, before = await self._store(key, text, why, expect)
+        except Done as already:
+            return already.revision
         except ConfigConflict as conflict:
+            if (twice := await self._requested(key, text, why)) is not None:  # it came twice at the same time
+                return twice
             self._record(key, "config.rejected", data | {"error": str(conflict)[:4000], "conflict": True})
             raise
         self._saw(key, stored.revision)
         changes = diff(before.document if before is not None else {}, stored.document)
         changed = [change.path for change in changes[:_MOST]]
-        found_now = {"revision": stored.revision, "digest": stored.digest}
+        found_now = {"revision": stored.revision, "digest": stored.digest, "hash": stored.hash}
         self._record(key, "config.published", data | found_now | {"changed": changed})
         self._record(key, _STATE, found_now)
         return stored
 
     async def _store(
-        self, key: str, text: str, why: _Audit, expect: int | None
+        self, key: str, text: str, why: Publication, expect: int | None
     ) -> tuple[ConfigRevision, ConfigRevision | None]:
         """Store under the next number; without `expect`, again when another writer was first."""
         for attempt in range(_TRIES):
             before = await self._newest(key)
             newest = before.revision if before is not None else 0
+            if (done := await self._requested(key, text, why)) is not None:  # since the last look, but not since this
+                raise Done(done)
             # `expect` too: if it arrived only just after `newest` was read, it must not be used twice
             number = max(newest, expect or 0, self._floor(key)) + 1
-            revision = ConfigRevision(key, number, text, self._clock.now(), why.author, why.reason, why.restores)
+            said = (key, number, text, self._clock.now(), why.author, why.reason, why.restores, why.origin)
+            base = 0 if why.rollout is None else await self._base(key, before)
+            revision = ConfigRevision(*said, "" if before is None else before.hash, why.steps, base, why.request)
             try:
                 await self._ask(self._records.append(revision, expect=newest if expect is None else expect))
             except ConfigConflict:
@@ -254,6 +318,35 @@ class ConfigStore:
                 return revision, before
         raise AssertionError("the last attempt returns or raises")
 
+    async def _requested(self, key: str, text: str | None, why: Publication) -> ConfigRevision | None:
+        """What this very request has published before; raises `KeyReused` if that was another one."""
+        if not why.request:
+            return None
+        found = await self._ask(self._records.requested(key, why.request))
+        if found is None:
+            return None
+        if not why.fits(found) or text not in (None, found.text):
+            raise KeyReused(
+                f"configuration {key!r:.300}: this request has published revision {found.revision}, another one"
+            )
+        return found
+
+    async def _base(self, key: str, before: ConfigRevision | None) -> int:
+        """The revision that a rollout in steps may start from: one that is for all."""
+        if before is None:
+            raise OperationRefused(
+                f"configuration {key!r:.300}: there is no revision yet that a rollout could go back to; publish the "
+                "first one without rollout"
+            )
+        record = await self.rollout(key) if before.rollout else None
+        proved = record is not None and (record.revision, record.phase) == (before.revision, ConfigPhase.COMPLETE)
+        if before.rollout and not proved:
+            raise OperationRefused(
+                f"configuration {key!r:.300}: revision {before.revision} is being rolled out and has not reached all; "
+                f"wait for it, go back with rollback({before.base}), or publish without rollout, to all at once"
+            )
+        return before.revision
+
     async def _examine(self, key: str, document: object) -> tuple[str, list[Problem]]:
         """The document as text, and what is wrong with it."""
         if isinstance(document, BaseModel):
@@ -262,10 +355,9 @@ class ConfigStore:
             except ValueError as error:
                 return "", [Problem("(the whole)", f"the model cannot be written as JSON: {str(error)[:300]}")]
         text, bad = check(document, max_bytes=self._max_bytes, max_depth=self._max_depth)
-        checks = self._checks.get(key)
-        if bad or checks is None:
+        if bad:
             return text, list(bad)
-        return text, (await self._ask(checks.problems(text)))[:_MOST]
+        return text, (await self._ask(self._checks.get(key, self._others).problems(text)))[:_MOST]
 
     async def _newest(self, key: str) -> ConfigRevision | None:
         newest = await self._ask(self._records.newest(key))
@@ -299,85 +391,3 @@ class ConfigStore:
                 return await answer
         except TimeoutError as error:
             raise DeadlineExceeded(f"the configuration store did not answer within {self._timeout:g} s") from error
-
-
-class ConfigWatch:
-    """An async iterator over the revisions of one key. It holds no resource; dropping it is as good as closing it.
-
-    However slow its reader, it gets each kept revision once and in order; it holds at most one page of them.
-    Cancelling a wait loses nothing. One task at a time.
-    """
-
-    __slots__ = ("_key", "_page", "_position", "_stopped", "_store", "_told")
-
-    def __init__(self, store: ConfigStore, key: str, after: int) -> None:
-        self._store, self._key, self._position = store, key, after
-        self._page: deque[ConfigRevision] = deque()
-        self._stopped = False
-        self._told = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> ConfigRevision:
-        """The next revision.
-
-        Raises:
-            ConfigError: The records went back, or dropped revisions that this reader has not read. Raised once for
-                each such event; iterating on waits for the next revision above the last one read.
-        """
-        while not self._stopped:
-            if self._page:
-                revision = self._page.popleft()
-                self._position = revision.revision
-                return revision
-            await anyio.lowlevel.checkpoint()
-            await self._turn_page()
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        """End the iteration."""
-        self._stopped = True
-        self._page.clear()
-
-    async def _turn_page(self) -> None:
-        store, key, position = self._store, self._key, self._position
-        records = store._records
-        page = await store._ask(records.after(key, position, _PAGE))
-        if page:
-            store._saw(key, page[-1].revision)
-            missing = position and page[0].revision > position + 1 and not self._told
-            if missing and await store._ask(records.find(key, position)) is None:
-                self._told = True
-                raise ConfigError(
-                    f"this reader of {key!r} fell behind: revisions {position + 1} to {page[0].revision - 1} are kept "
-                    "no longer; read faster, or keep more"
-                )
-            self._told = False
-            self._page.extend(page)
-            return
-        newest = await store._newest(key)
-        number = newest.revision if newest is not None else 0
-        if number < position and not self._told:
-            self._told = True
-            store._saw(key, position)
-            raise ConfigError(store._regressed(key, number))
-        await records.changed(key, position)
-
-
-def _check_words(**words: object) -> None:
-    """Raise SpecError unless each word is text that people can read, and not too long."""
-    for name, word in words.items():
-        most = 4096 if name == "reason" else 253
-        if not isinstance(word, str) or not _is_readable(word, most, breaks=name == "reason"):
-            raise SpecError(f"{name}: must be printable text of 1 to {most} characters; got {show(word)}")
-
-
-def _is_readable(word: str, most: int, *, breaks: bool) -> bool:
-    return bool(word.strip()) and len(word) <= most and all(c.isprintable() or (c == "\n" and breaks) for c in word)
-
-
-def _check_number(name: str, number: object) -> None:
-    """Raise SpecError unless it can be the number of a revision."""
-    if type(number) is not int:
-        raise SpecError(f"{name}: must be the number of a revision, a whole number; got {show(number)}")

@@ -2,6 +2,9 @@
 
 `core.governor` decides on their number; the book knows which they are, so that a decision costs what is asked and not
 what is under way. Each entry is journaled by itself ("state.disruption.N"), and a new manager reads the book back.
+
+Beside the book stand the instances at risk: in service, but given something on trial that may put them out of it. They
+take from the same budget for the moments in which that shows, and are not journaled.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ class Disruptions:
     def __init__(self, on_change: Callable[[int, InFlight | None], object]) -> None:
         self._entries: dict[int, InFlight] = {}
         self._empty: dict[int, None] = {}
+        self._risks: dict[int, float] = {}
         self._on_change = on_change
 
     def __len__(self) -> int:
@@ -85,6 +89,26 @@ class Disruptions:
         """The slots whose place waits to be filled, oldest first; costs what was emptied, not what is in the book."""
         self._empty = {slot: None for slot in self._empty if is_empty(slot)}
         return list(self._empty)
+
+    # ------------------------------------------------------------------------------------------ at risk
+
+    def risk(self, slot: int, until: float) -> None:
+        """Note that the instance in a slot may fall out of service by our own doing, until then at most."""
+        self._risks[slot] = until
+
+    def risk_until(self, slot: int, until: float) -> None:
+        """Note that it may no longer after then, if that is earlier than was thought."""
+        if slot in self._risks:
+            self._risks[slot] = min(self._risks[slot], until)
+
+    def safe(self, slot: int) -> None:
+        """Note that it has not, or that it has, and is somebody else's case now."""
+        self._risks.pop(slot, None)
+
+    def at_risk(self, now: float) -> int:
+        """How many instances may fall out of service now."""
+        self._risks = {slot: until for slot, until in self._risks.items() if until > now}
+        return len(self._risks)
 
     def restore(self, entries: Iterable[InFlight]) -> None:
         """Take over an earlier manager's book."""

@@ -5,14 +5,19 @@
     AgentFleetError
     ├── SpecError            the request itself is wrong: change it, nothing was done
     ├── OperationRefused     the request is fine, the fleet's present state forbids it
-    │   └── NotLeader        another manager leads this fleet now, or may: it acts, this one must not
+    │   ├── NotLeader        another manager leads this fleet now, or may: it acts, this one must not
+    │   └── KeyReused            the idempotency key stands for another request: use a new one
+    ├── NotFound             there is no such fleet or operation (any more)
+    ├── AccessDenied         the token is not known, or may not do that: use another
     ├── RolloutFailed        the new revision does not work; the message says why and what runs now
     ├── DeadlineExceeded     an outside party did not answer in time; the outcome may be unknown
     ├── MissingExtra         an optional dependency is not installed; the message names the extra
     ├── BackendError         the engine that runs instances
     │   ├── BackendUnavailable   it cannot be reached now: retry later, conclude nothing
+    │   │   └── RecordUnreadable     … or a newer version wrote it: upgrade this manager, or ask another one
     │   ├── BackendRefused       it answered no (quota, bad command): a retry alone will not help
     │   ├── Conflict             the decision was made on an old state: observe again
+    │   │   └── Outdated             … and what has changed has not even been seen yet: wait until it is
     │   └── InstanceGone         the instance does not exist (any more)
     ├── ConfigError          the configuration store
     │   ├── ConfigInvalid        the document fails its schema: the message names the field
@@ -47,6 +52,18 @@ class NotLeader(OperationRefused):
     """This manager does not lead the fleet now, or not for long enough: nothing was sent. Whoever leads will act."""
 
 
+class KeyReused(OperationRefused):
+    """The idempotency key was used for another request. Nothing was changed; use a new key for each request."""
+
+
+class NotFound(AgentFleetError, LookupError):
+    """There is no such fleet or operation; the message names it. Nothing was changed."""
+
+
+class AccessDenied(AgentFleetError):
+    """Who asks is not known, or may not do that; the message says what is needed. Nothing was changed."""
+
+
 class RolloutFailed(AgentFleetError):
     """A revision could not be rolled out. The message says why, and which revision the fleet runs now."""
 
@@ -67,12 +84,20 @@ class BackendUnavailable(BackendError):
     """The engine cannot be reached. Retry with back-off; draw no conclusion about the instances."""
 
 
+class RecordUnreadable(BackendUnavailable):
+    """A newer version has written what is kept of this fleet or operation: ask another manager, or upgrade this one."""
+
+
 class BackendRefused(BackendError):
     """The engine understood and said no. Retrying the same request will not help by itself."""
 
 
 class Conflict(BackendError):
     """The object changed since it was observed. Observe again and decide again."""
+
+
+class Outdated(Conflict):
+    """It would have undone what somebody else did and nobody here has seen yet. Wait until it is seen, decide anew."""
 
 
 class InstanceGone(BackendError):

@@ -22,6 +22,7 @@ class Event:
         data: JSON-ready details.
         reasons: Why, as dictionaries with code, text and numbers, most decisive first.
         seq: Position in the journal that recorded it, from 1; 0 while unrecorded.
+        epoch: The term of the leader that tells it (`agentfleet.leadership`); 0 where there are no leaders.
     """
 
     at: float
@@ -31,6 +32,7 @@ class Event:
     data: Mapping[str, Any] = field(default_factory=dict)
     reasons: tuple[Mapping[str, Any], ...] = ()
     seq: int = 0
+    epoch: int = 0
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -41,6 +43,8 @@ class Event:
             record["data"] = dict(self.data)
         if self.reasons:
             record["reasons"] = [dict(reason) for reason in self.reasons]
+        if self.epoch:
+            record["epoch"] = self.epoch
         return json.dumps(record, separators=(",", ":"), ensure_ascii=False)
 
     @classmethod
@@ -56,6 +60,7 @@ class Event:
                 data=record.get("data", {}),
                 reasons=tuple(record.get("reasons", ())),
                 seq=record["seq"],
+                epoch=record.get("epoch", 0),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise JournalError(f"not a journal line: {bytes(str(line), 'utf-8')[:120]!r}") from error

@@ -1,13 +1,16 @@
-"""Configuration on its way to the agents: each new revision is pushed to every running instance and acknowledged.
+"""Configuration on its way to the agents: each is pushed the revision that it is to have, and acknowledges it.
 
-The feed follows one key of a `ConfigStore`. What it delivers last is journaled as "state.config", so that a restarted
-manager still feeds new instances although its store is empty. An agent that refuses a revision keeps its last good one
-and is reported; one that cannot be reached is tried again until it is gone or has it. A new instance is given work
-only after it has been offered its configuration.
+The feed follows what is assigned (`configassign`): the newest revision to all, or while one is rolled out in steps,
+that to the instances on trial and its base to the others. An agent that refuses a revision keeps its last good one and
+is reported; one that cannot be reached is tried again until it is gone or has it. Who has its configuration from a
+stream (`delivery`) is pushed it only where the stream does not bring it. A new instance is given work only after it has
+been offered its configuration.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
@@ -17,23 +20,30 @@ import anyio
 from anyio.abc import TaskGroup
 
 from agentfleet.clock import Clock
+from agentfleet.configacks import AckBook, readable
+from agentfleet.configassign import Assignment, Assignments, parcel
 from agentfleet.configstore import ConfigStore
+from agentfleet.configwords import told_of
 from agentfleet.desk import Record
 from agentfleet.errors import BackendError, ConfigError, DeadlineExceeded, NotLeader, SpecError
 from agentfleet.instances import Instance
-from agentfleet.signals.http import HttpError, Requests
+from agentfleet.signals.http import HttpError, Requests, Response
+from agentfleet.stores.acks import ConfigAck
 from agentfleet.stores.config import ConfigRevision
-from agentfleet.stores.config_memory import MemoryConfig
-from agentfleet.stores.journal import Journal
+from agentfleet.stores.config_journaled import STATE
 
-STATE = "state.config"
-"""Kind of the event that remembers the newest revision."""
+log = logging.getLogger(__name__)
+
 Keep = Callable[[int, Any], Awaitable[None]]
 """`keep(revision, document)`: has the engine keep a document; raises like `backends.base.ConfigKeeping.configure`."""
 PUSH_TIMEOUT = 5.0
 """Seconds that an agent may take to acknowledge."""
 RETRY = (0.2, 5.0)
 """Seconds before the first repetition, and the most before any."""
+SKEW = 2.0
+"""Seconds by which the clocks of engine and managers may differ."""
+STREAM_GRACE = 3.0
+"""Seconds that a stream has to bring a revision before it is pushed."""
 
 
 @dataclass(slots=True)
@@ -43,8 +53,11 @@ class _Target:
     address: str
     started_at: float | None
     met: bool
-    """Whether it has answered a push, so that it may be given work."""
+    """Whether it has answered, so that it may be given work."""
     acked: int = 0
+    answered: int = 0
+    """The newest revision that it has answered for, well or not."""
+    streams: bool = False
     pushing: bool = False
     nudge: anyio.Event = field(default_factory=anyio.Event)
     """Set when there is reason to try again at once."""
@@ -59,9 +72,11 @@ class ConfigFeed:
         http: Carries the pushes.
         clock: Times them.
         record: Writes events.
+        acks: Where it is noted who runs what; run by the feed.
         credential: The bearer token of an instance.
-        on_met: Told when an instance has answered its first push.
-        keep: Has the engine keep the newest revision, too, where instances may read it.
+        on_met: Told when an instance has answered for the first time.
+        keep: Has the engine keep the revision that is for all, too, where instances may read it.
+        remember: Whether that revision is journaled, because the store may not outlive its manager, or be out of reach.
         concurrency: Pushes under way at one time.
     """
 
@@ -73,9 +88,11 @@ class ConfigFeed:
         http: Requests,
         clock: Clock,
         record: Record,
+        acks: AckBook,
         credential: Callable[[str], str | None],
         on_met: Callable[[str], None],
         keep: Keep | None = None,
+        remember: bool = True,
         concurrency: int = 128,
     ) -> None:
         self._store = store
@@ -83,10 +100,14 @@ class ConfigFeed:
         self._http = http
         self._clock = clock
         self._record = record
+        self._acks = acks
+        acks.listen(self._heard)
         self._credential = credential
         self._on_met = on_met
         self._keep = keep
-        self._newest: ConfigRevision | None = None
+        self._remember = remember
+        self._assigned = Assignment()
+        self._bodies: dict[int, bytes] = {}
         self._concurrency = concurrency
         self._limiter: anyio.CapacityLimiter | None = None
         self._tasks: TaskGroup | None = None
@@ -95,22 +116,23 @@ class ConfigFeed:
         self._published_at: float | None = None
         self._latencies: list[float] = []
         self._moved = anyio.Event()
-        self._body = b""
-        self.revision = 0
-        """The newest revision that is being delivered; 0 if there is none."""
         self.refused: dict[str, str] = {}
-        """Instances that refused the newest revision, and why."""
+        """Instances that refused the revision that they are to have, and why."""
+
+    @property
+    def revision(self) -> int:
+        """The revision that is for all; 0 if there is none."""
+        return 0 if self._assigned.everyone is None else self._assigned.everyone.revision
 
     @property
     def running(self) -> dict[str, int]:
         """Which revision each instance has acknowledged; 0 is none."""
         return {id: target.acked for id, target in self._targets.items()}
 
-    def restore(self, revision: ConfigRevision) -> None:
-        """Take up what an earlier manager delivered last (see `remembered`)."""
-        self.revision = revision.revision
-        self._newest = revision
-        self._body = _body(revision)
+    def restore(self, assigned: Assignment) -> None:
+        """Take up what an earlier manager delivered last."""
+        self._assigned = assigned
+        self._bodies = {each.revision: parcel(each) for each in assigned.revisions}
 
     async def run(self) -> None:
         """Follow the store until cancelled."""
@@ -118,45 +140,57 @@ class ConfigFeed:
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             try:
+                tasks.start_soon(self._acks.run, name=f"acknowledgements {self._key}")
+                tasks.start_soon(self._forget_the_gone, name=f"forget {self._key}")
                 if self._keep is not None:
                     tasks.start_soon(self._keep_newest, self._keep, name=f"keep config {self._key}")
                 for id in tuple(self._targets):
                     self._begin(id)
-                while True:
-                    await self._follow()
+                await self._follow()
             finally:
                 self._tasks = None  # while the others end, instances may still come and go
 
-    async def _follow(self) -> None:
-        """Follow the store until it fails; agents keep what they have, and it is tried again."""
-        try:
-            async for revision in self._store.watch(self._key, after=self.revision):
-                self._publish(revision)
-        except (ConfigError, DeadlineExceeded) as error:
-            self._record("config.unavailable", data={"error": str(error)})
-            await self._clock.sleep(RETRY[1])
+    async def _forget_the_gone(self) -> None:
+        """Whoever went while nobody led is not counted any more."""
+        await self._acks.synced.wait()
+        for id in [id for id in self._acks.known if id not in self._targets]:
+            self._acks.forget(id)
 
-    def _publish(self, revision: ConfigRevision) -> None:
-        if not self.revision:  # whoever served without a configuration goes on serving
+    async def _follow(self) -> None:
+        """Follow what is assigned; while that cannot be known agents keep what they have, and it is tried again."""
+        assignments = Assignments(self._store, self._key)
+        while True:
+            try:
+                self._assign(await anext(assignments))
+            except (ConfigError, DeadlineExceeded) as error:
+                log.warning("configuration %s cannot be followed: %s", self._key, error)
+                self._record("config.unavailable", data=told_of(error))
+                await self._clock.sleep(RETRY[1])
+
+    def _assign(self, assigned: Assignment) -> None:
+        before, self._assigned = self._assigned, assigned
+        self._bodies = {each.revision: parcel(each) for each in assigned.revisions}
+        if before.everyone != assigned.everyone and assigned.everyone is not None:
+            self._publish(assigned.everyone, first=before.everyone is None)
+        for id in self._targets:
+            self._see(id, renew=True)
+        self._check_done()
+
+    def _publish(self, revision: ConfigRevision, *, first: bool) -> None:
+        if first:  # whoever served without a configuration goes on serving
             for target in self._targets.values():
                 target.met = True
-        self.revision = revision.revision
-        self._newest = revision
-        self._body = _body(revision)
         self._published_at = self._clock.now()
         self._latencies.clear()
         self.refused.clear()
-        self._behind = set(self._targets)
-        self._record(STATE, data=asdict(revision))
-        for id in self._targets:
-            self._begin(id)
-        self._check_done()
+        if self._remember:
+            self._record(STATE, data=asdict(revision))
 
     async def _keep_newest(self, keep: Keep) -> None:
-        """Have the engine keep the newest revision, however often that takes; the first failure of each is told."""
+        """Have the engine keep what is for all, however often that takes; the first failure of each is told."""
         kept = told = 0
         while True:
-            newest = self._newest
+            newest = self._assigned.everyone
             if newest is None or newest.revision == kept:
                 await self._moved.wait()
                 continue
@@ -182,10 +216,14 @@ class ConfigFeed:
             return
         target = self._targets.get(instance.id)
         if target is None or (target.address, target.started_at) != (instance.address, instance.started_at):
-            target = _Target(instance.address, instance.started_at, met=adopted or not self.revision)
-            self._targets[instance.id] = target
-            if self.revision:
-                self._behind.add(instance.id)
+            is_new, met = target is None, adopted or not self._assigned.revisions
+            self._targets[instance.id] = target = _Target(instance.address, instance.started_at, met)
+            known = self._acks.known.get(instance.id)
+            if not is_new:  # another process runs nothing before it says so
+                self._acks.hear(ConfigAck(instance.id, 0))
+            elif known is not None:
+                self._heard(known)
+            self._see(instance.id)
         target.nudge.set()
         self._begin(instance.id)
 
@@ -195,19 +233,36 @@ class ConfigFeed:
         if target is not None:
             target.nudge.set()
             self.refused.pop(id, None)
+            self._acks.forget(id)
             self._answered(id)
 
     def met(self, id: str) -> bool:
         """Whether an instance has been offered its configuration, and may be given work."""
         target = self._targets.get(id)
-        return not self.revision or (target is not None and target.met)
+        return self._assigned.of(id) is None or (target is not None and target.met)
 
     async def wait_settled(self, revision: int) -> None:
-        """Wait until `revision` (or a newer one) is delivered and every instance has answered."""
+        """Wait until `revision` (or a newer one) is for all and every instance has answered."""
         while self.revision < revision or self._behind:
             await self._moved.wait()
 
     # ------------------------------------------------------------------------------------------ one instance
+
+    def _wanted(self, id: str) -> int:
+        revision = self._assigned.of(id)
+        return 0 if revision is None else revision.revision
+
+    def _see(self, id: str, *, renew: bool = False) -> None:
+        """Note whether an instance is behind. None ever goes back: what it has may be newer, then it is left alone."""
+        target = self._targets[id]
+        if self._wanted(id) <= target.answered:
+            self._behind.discard(id)
+        else:
+            self._behind.add(id)
+            if renew:
+                self.refused.pop(id, None)
+                target.nudge.set()
+            self._begin(id)
 
     def _begin(self, id: str) -> None:
         target = self._targets[id]
@@ -216,47 +271,72 @@ class ConfigFeed:
             self._tasks.start_soon(self._deliver, id, target, name=f"configure {id}")
 
     async def _deliver(self, id: str, target: _Target) -> None:
-        """Push until this process has the newest revision, refused it, or is gone."""
+        """Push until this process has what it is to have, refused it, or is gone."""
         assert self._limiter is not None
         pause = RETRY[0]
+        waits = target.streams
         try:
             while self._targets.get(id) is target and id in self._behind:
-                async with self._limiter:
-                    answered = await self._push(id, target)
+                answered = False
+                if not waits:
+                    async with self._limiter:
+                        answered = await self._push(id, target)
                 if not answered:
-                    with anyio.move_on_after(pause):
+                    with anyio.move_on_after(STREAM_GRACE if waits else pause):
                         target.nudge = anyio.Event()
                         await target.nudge.wait()
-                    pause = min(RETRY[1], pause * 2)
+                    pause, waits = min(RETRY[1], pause * 2), False
         finally:
             target.pushing = False
 
     async def _push(self, id: str, target: _Target) -> bool:
         """One attempt; False when it must be repeated."""
-        revision, token = self.revision, self._credential(id)
+        revision, token = self._wanted(id), self._credential(id)
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
         try:
             answer = await self._http.request(
-                "PUT", target.address, "/config", body=self._body, headers=headers, timeout=PUSH_TIMEOUT
+                "PUT", target.address, "/config", body=self._bodies[revision], headers=headers, timeout=PUSH_TIMEOUT
             )
         except (HttpError, DeadlineExceeded):
             return False  # repeated until the instance is gone; health has its own opinion of it
-        if self._targets.get(id) is not target or revision != self.revision:
-            return True  # the answer is about something that is over; the loop looks again
-        if answer.status == 200:
-            target.acked = revision
-            if self._published_at is not None:
-                self._latencies.append(self._clock.now() - self._published_at)
-        elif 400 <= answer.status < 500 and answer.status != 429:
-            self.refused[id] = answer.body[:500].decode("utf-8", "replace")
-            self._record("config.refused", id, {"revision": revision, "status": answer.status, "why": self.refused[id]})
+        if self._targets.get(id) is not target:
+            return True  # the answer is about something that is over
+        status, present = answer.status, _present(answer)
+        if status == 200 or (status == 409 and present >= revision):
+            self._acks.hear(ConfigAck(id, max(revision, present)))
+        elif 400 <= status < 500 and status != 429:
+            why = answer.body[:500].decode("utf-8", "replace")
+            self._acks.hear(ConfigAck(id, present if present < revision else 0, revision, why))
+            self._note_refusal(id, revision, why, status)
         else:
             return False
-        self._answered(id)
-        if not target.met:
-            target.met = True
-            self._on_met(id)
         return True
+
+    def _heard(self, ack: ConfigAck) -> None:
+        """Take in what an instance has said, to whomever."""
+        target = self._targets.get(ack.instance)
+        if target is None or ack.at < (target.started_at or 0.0) - SKEW:
+            return  # or it was an earlier process that said so
+        target.acked, target.answered, target.streams = ack.revision, ack.answered, ack.via == "stream"
+        wanted = self._wanted(ack.instance)
+        if ack.via != "push" and wanted and ack.refused == wanted:
+            self._note_refusal(ack.instance, wanted, ack.why, None)
+        if ack.revision == wanted and self._published_at is not None and ack.instance in self._behind:
+            self._latencies.append(self._clock.now() - self._published_at)
+        if ack.answered or not wanted:
+            if not target.met:
+                target.met = True
+                self._on_met(ack.instance)
+            target.nudge.set()
+        self._see(ack.instance)
+        if ack.instance not in self._behind:
+            self._check_done()
+
+    def _note_refusal(self, id: str, revision: int, why: str, status: int | None) -> None:
+        if id not in self.refused:
+            self.refused[id] = why
+            data = {"revision": revision, "why": readable(why)} | ({} if status is None else {"status": status})
+            self._record("config.refused", id, data)
 
     def _answered(self, id: str) -> None:
         if id in self._behind:
@@ -276,25 +356,14 @@ class ConfigFeed:
         self._published_at = None
 
 
-def remembered(journal: Journal, fleet: str) -> ConfigRevision | None:
-    """The configuration that an earlier manager delivered last."""
-    found = journal.last_state(fleet, STATE)
-    return None if found is None else ConfigRevision(**found.data)
-
-
-async def catch_up(store: MemoryConfig | None, journal: Journal, fleet: str) -> None:
-    """Have a store in memory know what another manager has published since; None: the store is not ours."""
-    known = remembered(journal, fleet)
-    if store is None or known is None:
-        return
-    newest = await store.newest(fleet)
-    present = 0 if newest is None else newest.revision
-    if present < known.revision:
-        await store.append(known, expect=present)
-
-
-def _body(revision: ConfigRevision) -> bytes:
-    return f'{{"revision":{revision.revision},"document":{revision.text}}}'.encode()
+def _present(answer: Response) -> int:
+    """The revision that an agent's answer says it runs; 0 if it says none."""
+    try:
+        said = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return 0
+    revision = said.get("revision") if isinstance(said, dict) else None
+    return revision if type(revision) is int and 0 <= revision < 2**63 else 0
 
 
 def _quantile(ordered: list[float], share: float) -> float:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
-from agentfleet.core.leadership import Fence
+from agentfleet.core.fence import Fence
 from agentfleet.errors import NotLeader
 from agentfleet.events import Event
 from agentfleet.signals.http import HttpError, Requests, Response
@@ -62,6 +63,7 @@ class Standing:
 class FencedJournal:
     """A journal that several managers share, for the one that leads.
 
+    Each event carries the epoch of its term, so that the journal itself refuses a deposed leader, however late.
     While its lease has lapsed events are kept back; they are appended when the term goes on, because then nobody else
     has written, and never if it does not: the next leader has written on from what was there.
     """
@@ -76,8 +78,9 @@ class FencedJournal:
 
         Raises:
             JournalError: It could not be recorded.
-            NotLeader: Too many are kept back.
+            NotLeader: Too many are kept back, or another has led since.
         """
+        event = replace(event, epoch=self._fence.epoch)
         if not allows(self._fence):
             if len(self._kept) >= MOST_KEPT:
                 raise NotLeader(f"{event.fleet}: the lease has lapsed for so long that {MOST_KEPT} events wait for it")

@@ -12,17 +12,13 @@ single writer: every change of the wanted state goes through one of the methods 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic import BaseModel
-
 from agentfleet import outcome
-from agentfleet.acting import InstanceOperations
 from agentfleet.autoscaler import MetricSource
 from agentfleet.backends.base import Backend, WorkloadBackend
 from agentfleet.clock import Clock, SystemClock
@@ -30,17 +26,16 @@ from agentfleet.configstore import ConfigStore
 from agentfleet.core.governor import Cause
 from agentfleet.core.leadership import LeasePolicy
 from agentfleet.core.reason import Reason
-from agentfleet.dispatch import Dispatcher
-from agentfleet.errors import ConfigInvalid, JournalError, OperationRefused, SpecError
-from agentfleet.feed import catch_up, remembered
+from agentfleet.errors import JournalError, OperationRefused, SpecError
 from agentfleet.reign import Reign
 from agentfleet.runtime import Runtime
-from agentfleet.signals.http import HttpClient
+from agentfleet.services import AgentServices
 from agentfleet.signals.probes import Prober
 from agentfleet.sizing import Intent
 from agentfleet.specs import AgentTemplate, FleetSpec
 from agentfleet.state import FleetState, Revision, first_state
-from agentfleet.stores.config_memory import MemoryConfig
+from agentfleet.stores.acks import ConfigAcks, MemoryAcks
+from agentfleet.stores.config_journaled import JournaledConfig
 from agentfleet.stores.journal import Journal
 from agentfleet.stores.leases import LeaseStore
 from agentfleet.stores.memory_journal import MemoryJournal
@@ -48,7 +43,7 @@ from agentfleet.telemetry import Telemetry
 from agentfleet.waiting import Timeout, period_of, timeout_of
 
 
-class Fleet(InstanceOperations):
+class Fleet(AgentServices):
     """A fleet of agents: deploy it, and it is kept as its spec says.
 
     Args:
@@ -59,6 +54,7 @@ class Fleet(InstanceOperations):
         clock: Where the time comes from.
         metrics: Sources for metric targets by name, in place of or beside the built-in "cpu", "memory" and "queue".
         config: Where the agents' configuration is published, under the fleet's name; a store of its own when omitted.
+        acks: Where it is kept which revision each instance runs, by its own word; in memory when omitted.
         prober: How instances are probed; by default as the backend says, else over the network.
         telemetry: Prometheus metrics of what happens; one of its own when omitted. Several fleets may share one.
         usage_period: Time between measurements of what instances use, in seconds or like "5s".
@@ -85,6 +81,7 @@ class Fleet(InstanceOperations):
         clock: Clock | None = None,
         metrics: Mapping[str, MetricSource] | None = None,
         config: ConfigStore | None = None,
+        acks: ConfigAcks | None = None,
         prober: Prober | None = None,
         telemetry: Telemetry | None = None,
         usage_period: float | str = 5.0,
@@ -108,11 +105,10 @@ class Fleet(InstanceOperations):
         self.clock: Clock = clock or SystemClock()
         self.telemetry = telemetry if telemetry is not None else Telemetry()
         self.journal: Journal = self.telemetry.observing(journal if journal is not None else MemoryJournal())
-        records: MemoryConfig | None = None
-        if config is None:  # what the journal remembers is there again
-            known = remembered(self.journal, self.name)
-            records = MemoryConfig(revisions=() if known is None else (known,))
-            config = ConfigStore(records, journal=self.journal, clock=self.clock)
+        own = None if config is not None else JournaledConfig(self.journal, self.name, self.clock)
+        config = config if config is not None else ConfigStore(own, journal=self.journal, clock=self.clock)
+        self._own_config = own
+        self.acks: ConfigAcks = acks if acks is not None else MemoryAcks()
         self.config = config
         make = partial(
             Runtime,
@@ -121,6 +117,8 @@ class Fleet(InstanceOperations):
             journal=self.journal,
             clock=self.clock,
             config=self.config,
+            acks=self.acks,
+            remember_config=own is None,
             target=self,
             metrics=metrics or {},
             prober=prober,
@@ -136,7 +134,7 @@ class Fleet(InstanceOperations):
             policy=lease_policy,
             clock=clock,
             telemetry=self.telemetry,
-            before=partial(catch_up, records, self.journal, self.name),
+            before=self._catch_up,
         )
 
     async def __aenter__(self) -> Self:
@@ -171,7 +169,7 @@ class Fleet(InstanceOperations):
             state = first_state(spec.template, spec.replicas, now, number)
             self._set(state, "fleet.deployed", replicas=spec.replicas, revision=number, version=spec.template.version)
         else:
-            if spec.template != state.applied_template:
+            if spec.template not in (state.applied_template, state.template):
                 state = state.with_revision(spec.template, "deploy", now, spec.rollout.keep_revisions)
             if spec.replicas != state.applied_replicas and not self._runtime.engine_scales:
                 state = replace(state, replicas=spec.replicas)
@@ -252,12 +250,13 @@ class Fleet(InstanceOperations):
         return self._revision(target)
 
     async def scale(self, replicas: int, reasons: Sequence[Reason] | None = None) -> None:
-        """Ask for another size; returns at once.
+        """Ask for another size; returns at once, when that is recorded.
 
         **With a scaling policy this size does not last.** An operator's word goes before the autoscaler's in the same
         turn; from the next `scaling.period` on the autoscaler goes on from there, and returns to what the metrics ask
         for as fast as the policy's windows and rules allow. To hold a size, change the policy: deploy a spec with other
-        `min_replicas` and `max_replicas`. (0 lasts: a fleet that was scaled to 0 stays there.)
+        `min_replicas` and `max_replicas`. (0 lasts: a fleet that was scaled to 0 stays there. Any size does
+        while the autoscaler holds still, because somebody else scales against it on the engine: `scaling.contested`.)
 
         Args:
             replicas: Instances wanted.
@@ -269,16 +268,11 @@ class Fleet(InstanceOperations):
         """
         self._runtime.deployed()
         self._runtime.check_scalable()
-        if type(replicas) is not int or not 0 <= replicas <= 1_000_000:  # True is an int, and no size
-            raise SpecError(f"replicas must be a whole number from 0 to 1,000,000, not {replicas!r}")
-        policy = self.spec.scaling
-        if policy is not None and reasons is None and not policy.min_replicas <= replicas <= policy.max_replicas:
-            raise SpecError(
-                f"replicas ({replicas}) is outside scaling.min_replicas..max_replicas "
-                f"({policy.min_replicas}..{policy.max_replicas}): the autoscaler would undo it; change the policy"
-            )
-        cause = Cause.OPERATOR if reasons is None else Cause.SCALING
-        self._runtime.turn.sizing.offer(Intent(cause, replicas, tuple(reasons or ())))
+        if reasons is None:
+            self.spec.check_size(replicas)
+            self._runtime.turn.heed(Intent(Cause.OPERATOR, replicas), self.clock.now())
+        else:  # an autoscaler that ends before the next turn decides again
+            self._runtime.turn.sizing.offer(Intent(Cause.SCALING, replicas, tuple(reasons)))
         self._runtime.wake()
 
     async def stop(self, *, wait: bool = True, timeout: Timeout = None) -> None:
@@ -341,66 +335,12 @@ class Fleet(InstanceOperations):
         self._runtime.check_open()
         await outcome.emptied(self._runtime, seconds)
 
-    async def configure(
-        self,
-        document: object,
-        *,
-        author: str = "operator",
-        reason: str = "configure",
-        wait: bool = True,
-        timeout: Timeout = None,
-    ) -> int:
-        """Publish a configuration and push it to every agent.
-
-        Args:
-            document: Plain JSON values, or a pydantic model; validated by what is registered for the fleet's name.
-            author: Who changes it.
-            reason: Why.
-            wait: Return when every running agent has acknowledged or refused it.
-            timeout: How long to wait; None waits until all have answered.
-
-        Returns:
-            The new revision.
-
-        Raises:
-            SpecError: `author`, `reason` or `timeout` is not usable; nothing was changed.
-            ConfigInvalid: The document fails validation; nothing was changed.
-            DeadlineExceeded: Not everybody has answered in time; the push goes on.
-        """
-        seconds = timeout_of(timeout)
-        self._runtime.check_open()
-        if not isinstance(document, Mapping | BaseModel):
-            raise ConfigInvalid(f"the document must be an object with named settings, not {type(document).__name__}")
-        stored = await self.config.put(self.name, document, author=author, reason=reason)
-        if wait:
-            feed = self._runtime.feed
-            answered = "all agents have answered"
-            await self._runtime.waiting.within(seconds, answered, lambda: feed.wait_settled(stored.revision))
-        return stored.revision
-
-    @asynccontextmanager
-    async def dispatcher(self, **options: Any) -> AsyncIterator[Dispatcher]:
-        """A least-loaded dispatcher in front of this fleet, with the tasks that the journal says are open taken up.
-
-        While it is open its depth is the fleet's "queue" metric; the depths of several are added up. One that is opened
-        beside another leaves the tasks in the journal alone: they are the other's.
-
-        Args:
-            options: Limits of `Dispatcher`, such as `per_instance` and `max_attempts`.
-        """
-        self._runtime.check_open()
-        async with (
-            HttpClient() as http,
-            Dispatcher(
-                self.endpoints(), http=http, clock=self.clock, journal=self.journal, fleet=self.name, **options
-            ) as dispatcher,
-        ):
-            if not self._runtime.meter.has_queue:
-                await dispatcher.recover()
-            with self._runtime.meter.queueing(lambda: dispatcher.depth):
-                yield dispatcher
-
     # ------------------------------------------------------------------------------------------ inside
+
+    async def _catch_up(self) -> None:
+        """Have a store of our own know what another manager has published since."""
+        if self._own_config is not None:
+            self._own_config.recall()
 
     def _revision(self, number: int) -> Revision:
         """A revision as it is kept now."""

@@ -61,6 +61,8 @@ class Instance:
     """Of the last process that ended; negative is the signal that killed it, None is unknown."""
     isolated: Isolation | None = None
     """Set while it is kept for examination only: no work, no place in the fleet."""
+    trouble: str | None = None
+    """Why it does not start, in the engine's words: no node takes it, its image cannot be had."""
 
 
 @dataclass(frozen=True, slots=True)

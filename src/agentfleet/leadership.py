@@ -19,6 +19,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -41,7 +42,7 @@ from agentfleet.core.leadership import (
 )
 from agentfleet.errors import AgentFleetError, BackendUnavailable, Conflict, DeadlineExceeded, NotLeader
 from agentfleet.loops import end_loops
-from agentfleet.stores.leases import LeaseStore
+from agentfleet.stores.leases import LeaseStore, Telling
 
 _SHORTEST = 0.001
 """Seconds to wait at least: a wait that the clock is too coarse to see would be repeated at once, for ever."""
@@ -252,6 +253,10 @@ class Leadership:
         self._tasks: TaskGroup | None = None
         self._left = False
 
+    def begin_above(self, epoch: int) -> None:
+        """Lead in greater epochs than this one only, also if the lease that tells of it was deleted."""
+        self._memory = replace(self._memory, highest=max(self._memory.highest, epoch))
+
     @property
     def term(self) -> Term | None:
         """The term that is held, also while it is lapsed."""
@@ -320,11 +325,29 @@ class Leadership:
         if decision.action is Action.DONE:
             return False
         if decision.action is Action.HOLD:
-            await self._clock.sleep(max(_SHORTEST, decision.wake - self._clock.now()))
+            await self._rest(max(_SHORTEST, decision.wake - self._clock.now()))
         else:
             self._news = None if decision.write is None else Refused()  # if it is cut off, look what has come of it
             self._news = await self._ask(decision)
         return True
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait, or until a lease that another holds is given up, where the store tells that."""
+        if not isinstance(self._leases, Telling) or self._memory.epoch is not None or self._left:
+            await self._clock.sleep(seconds)
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._listen, self._leases, tasks.cancel_scope)
+            await self._clock.sleep(seconds)
+            tasks.cancel_scope.cancel()
+
+    async def _listen(self, leases: Telling, rest: anyio.CancelScope) -> None:
+        try:
+            await leases.given_up(self.name)
+        except (AgentFleetError, OSError):
+            return  # it is found by looking, then
+        self._memory = replace(self._memory, due=-math.inf)  # look now
+        rest.cancel()
 
     async def _ask(self, decision: LeaseDecision) -> News:
         timeout = float(self.policy.request)

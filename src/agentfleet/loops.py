@@ -14,7 +14,12 @@ async def end_loops(
     """Cancel the loops and wait for their end; the body's own error stays as it is, not in a group."""
     tasks.cancel_scope.cancel()
     if isinstance(error, anyio.get_cancelled_exc_class()):  # perhaps by the group, because one of its tasks failed
-        return await tasks.__aexit__(kind, error, trace)
+        try:
+            return await tasks.__aexit__(kind, error, trace)
+        except BaseException as raised:
+            if raised is error:  # one that is raised again here would become its own context in an exit stack, and
+                return False  # contextlib would follow that for ever; it goes on by itself
+            raise
     await tasks.__aexit__(None, None, None)
     return None
 

@@ -65,7 +65,7 @@ class Observer:
         elif isinstance(seen, Removed):
             self._remove(seen.id)
         elif isinstance(seen, Ordered):
-            self._turn.sizing.ordered(seen)
+            self._turn.sizing.ordered(seen, self._clock.now())
         else:
             self._replace_all(seen)
 
@@ -115,6 +115,9 @@ class Observer:
     def _note(self, instance: Instance, was: Instance | None) -> None:
         """Write down what became of the process."""
         phase = instance.phase
+        if instance.trouble is not None and (was is None or was.trouble is None):
+            told = {"slot": instance.slot, "revision": instance.revision, "why": instance.trouble}
+            self._record("instance.blocked", instance.id, told)
         if was is not None and was.phase is phase and was.started_at == instance.started_at:
             return
         data = {"slot": instance.slot, "revision": instance.revision, "version": instance.version}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from agentfleet.core.configrollout import ConfigPhase
 from agentfleet.core.rollout import RolloutPhase
 from agentfleet.errors import DeadlineExceeded, OperationRefused, RolloutFailed
 from agentfleet.runtime import Runtime
 from agentfleet.state import FleetState
+from agentfleet.stores.config import RolloutRecord
 
 # Each waits for at most `seconds`, None for no deadline, and raises `DeadlineExceeded` after that.
 
 
 async def ready(runtime: Runtime, seconds: float | None) -> None:
-    """As many instances as wanted are healthy, and no others are there."""
+    """As many instances as wanted are healthy, and no others hold a place."""
 
     def enough() -> bool:
         state, counts = runtime.desk.state, runtime.desk.view.total_counts()
@@ -39,14 +41,16 @@ async def emptied(runtime: Runtime, seconds: float | None) -> None:
         raise OperationRefused(f"fleet {runtime.name} was started or deployed again before all instances were gone")
 
 
-async def rolled_out(runtime: Runtime, wanted: FleetState, seconds: float | None) -> None:
+async def rolled_out(runtime: Runtime, wanted: FleetState, seconds: float | None, *, number: int | None = None) -> None:
     """The rollout that `wanted` begins is over; while the fleet is paused or stopped there is none to wait for.
+
+    `number` is the revision that is waited for, where that may be another than the one that is wanted now.
 
     Raises:
         RolloutFailed: It failed, or another revision was asked for.
         OperationRefused: The fleet was stopped before the end.
     """
-    number = wanted.target
+    number = wanted.target if number is None else number
 
     def over() -> bool:
         state = runtime.desk.wanted
@@ -92,3 +96,24 @@ async def brought_up(runtime: Runtime, wanted: FleetState, seconds: float | None
 
     what = f"revision {wanted.target} is rolled out and all instances are healthy"
     await runtime.waiting.within(seconds, what, wait)
+
+
+async def configured(runtime: Runtime, revision: int, seconds: float | None) -> None:
+    """A configuration that is rolled out in rings has reached all.
+
+    Raises:
+        RolloutFailed: It was stopped, taken back, or another one was published.
+    """
+    ended: list[RolloutRecord] = []
+
+    async def wait() -> None:
+        ended.append(await runtime.configuring.rings.over(revision))
+
+    await runtime.waiting.within(seconds, f"configuration {revision} has reached all", wait)
+    (record,) = ended
+    if record.phase != ConfigPhase.COMPLETE:
+        why = next((str(each["text"]) for each in record.reasons), "another one was published")
+        now = record.base if record.phase == ConfigPhase.ROLLED_BACK else record.revision
+        told = {ConfigPhase.ROLLED_BACK: f"the content of {now} is back", ConfigPhase.SUPERSEDED: "another is out now"}
+        then = told.get(ConfigPhase(record.phase), "the instances on trial keep it")
+        raise RolloutFailed(f"configuration {revision} could not be rolled out: {why}; {then}")

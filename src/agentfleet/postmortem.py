@@ -70,6 +70,10 @@ class Postmortem:
             case "instance.exited":
                 code = data.get("exit_code")
                 self._failed(event, "exited" if code is None else f"exited with code {code}")
+            case "instance.blocked" if data["revision"] == self._rolling():
+                self._case(data["revision"]).failure = f"{event.instance} does not start: {data['why']}"[:_LONGEST]
+            case "fleet.blocked" if data["revision"] == self._rolling():
+                self._case(data["revision"]).failure = f"no instance could be made: {data['why']}"[:_LONGEST]
             case "instance.unhealthy":
                 self._failed(event, f"turned unhealthy ({_texts(event.reasons)})")
             case "action.failed" if event.instance is not None:

@@ -67,6 +67,19 @@ class FleetReader:
         await self._reign.until_leading(timeout_of(timeout))
 
     @property
+    def epoch(self) -> int:
+        """The epoch in which this manager leads; 0 while it does not, and without `leases`."""
+        return self._runtime.fence.epoch if self.leads else 0
+
+    async def deposed(self) -> None:
+        """Wait until this manager leads no more; without `leases` until the fleet is closed.
+
+        Raises:
+            OperationRefused: The fleet is not open, or was closed meanwhile.
+        """
+        await self._reign.until_deposed()
+
+    @property
     def state(self) -> FleetState | None:
         """Desired state; None before the first deployment."""
         return self._runtime.desk.state
@@ -125,6 +138,11 @@ class FleetReader:
             "tasks_failed": self.view.failed,
         }
 
+    @property
+    def config_revision(self) -> int:
+        """The configuration that is being delivered; 0 if there is none."""
+        return self._runtime.feed.revision
+
     def revisions(self) -> tuple[Revision, ...]:
         """Kept revisions, oldest first."""
         return self.state.revisions if self.state is not None else ()
@@ -150,7 +168,7 @@ class FleetReader:
         return await self._runtime.backend.logs(self._runtime.name, id, lines=lines)
 
     async def ready(self, *, timeout: Timeout = None) -> None:
-        """Wait until as many instances as wanted are healthy and no others are there.
+        """Wait until as many instances as wanted are healthy and no others hold a place; some may still be draining.
 
         Args:
             timeout: How long to wait, in seconds or like "30s"; None waits for as long as it takes.
@@ -163,6 +181,33 @@ class FleetReader:
         seconds = timeout_of(timeout)
         self._runtime.deployed()
         await outcome.ready(self._runtime, seconds)
+
+    async def rolled_out(self, revision: int, *, timeout: Timeout = None) -> None:
+        """Wait until the rollout of a revision is over, whoever began it; of a paused one there is none to wait for.
+
+        Args:
+            revision: Its number.
+            timeout: How long to wait, in seconds or like "30s"; None waits as long as the rollout's deadline allows.
+
+        Raises:
+            RolloutFailed: It failed, or another revision is wanted by now.
+            OperationRefused: The fleet is not open or not deployed, or was closed or stopped meanwhile.
+            DeadlineExceeded: `timeout` is over.
+        """
+        seconds = timeout_of(timeout)
+        state = self._runtime.deployed()
+        await outcome.rolled_out(self._runtime, state, seconds, number=revision)
+
+    async def brought_up(self, *, timeout: Timeout = None) -> None:
+        """Wait until what the last deployment asked for is so; raises like `deploy`."""
+        seconds = timeout_of(timeout)
+        await outcome.brought_up(self._runtime, self._runtime.deployed(), seconds)
+
+    async def emptied(self, *, timeout: Timeout = None) -> None:
+        """Wait until no instance is left; raises like `stop`."""
+        seconds = timeout_of(timeout)
+        self._runtime.check_open()
+        await outcome.emptied(self._runtime, seconds)
 
     def report(self) -> Report:
         """The fleet as a table, one row per instance."""

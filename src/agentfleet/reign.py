@@ -19,7 +19,8 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from agentfleet.backends.base import Engine
 from agentfleet.clock import Clock
-from agentfleet.core.leadership import Fence, LeaseDecision, LeasePolicy, NoFence
+from agentfleet.core.fence import Fence, NoFence
+from agentfleet.core.leadership import LeaseDecision, LeasePolicy
 from agentfleet.errors import AgentFleetError, NotLeader, OperationRefused
 from agentfleet.fencing import Standing, allows
 from agentfleet.leadership import Leadership, Term
@@ -51,7 +52,7 @@ class Reign:
         identity: How other managers see this one; the host's name by default.
         policy: The lease's time spans.
         clock: Times the lease; the machine's own, which counts its sleep too, when omitted.
-        telemetry: Told when this manager leads.
+        telemetry: Told when this manager leads, and shown what the backend counts.
         before: Called when a term has begun, before anything is read from the journal.
     """
 
@@ -102,16 +103,28 @@ class Reign:
             self.runtime.check_open()
         await self._waiting.until(lambda: self.leads, seconds, "this manager leads")
 
+    async def until_deposed(self) -> None:
+        """Wait until this manager does not lead; raises like `Waiting.within`."""
+        if not self._opened:
+            self.runtime.check_open()
+        await self._waiting.until(lambda: not self.leads, None, "this manager leads no more")
+
     async def __aenter__(self) -> Self:
         if self._leadership is None:
-            await self.runtime.__aenter__()
+            async with AsyncExitStack() as stack:
+                stack.enter_context(self._telemetry.measuring(self._backend))
+                await stack.enter_async_context(self.runtime)
+                self._stack = stack.pop_all()
             self._opened = self._acting = True
             return self
         if self._opened:
             self.runtime.check_open()
             raise OperationRefused(f"fleet {self.runtime.name} is open already")
         self._opened = True
+        last = self.runtime.journal.last_state(self.runtime.name, STATE)
+        self._leadership.begin_above(0 if last is None else last.data["epoch"])
         async with AsyncExitStack() as stack:
+            stack.enter_context(self._telemetry.measuring(self._backend))
             await stack.enter_async_context(self._backend)
             await stack.enter_async_context(self._leadership)  # left when the loops have ended: the lease goes last
             tasks = anyio.create_task_group()
@@ -127,7 +140,7 @@ class Reign:
         self._waiting.close()
         if self._leadership is None:
             self._acting = False
-            return await self.runtime.__aexit__(kind, error, trace)
+            return await self._stack.__aexit__(kind, error, trace)
         try:
             return await self._stack.__aexit__(kind, error, trace)
         except BaseExceptionGroup as group:
@@ -180,18 +193,24 @@ class Reign:
             try:
                 await self._before()
                 self._note_beginning(runtime, term)
-                async with runtime:
-                    with self._pausable():
-                        self._seat(runtime, term)
-                        await term.ended()
-                    self._acting = False
-                if self._leaving and term.valid:
-                    self._note_leaving(runtime, term)
-            except NotLeader:  # it has lapsed for long; what is known is old by now, so it is learnt anew
+                try:
+                    async with runtime:
+                        with self._pausable():
+                            self._seat(runtime, term)
+                            await term.ended()
+                        self._acting = False
+                        self._waiting.beat()
+                finally:  # also when it is cancelled, as on SIGTERM
+                    if self._leaving and term.valid:
+                        self._note_leaving(runtime, term)
+            except NotLeader:  # it has lapsed for long, or was refused; what is known is old by now: learn it anew
+                await self._clock.sleep(self._poll)
                 while not (term.valid or term.over):
                     await self._clock.sleep(self._poll)
             finally:
                 self._acting = False
+                self._waiting.beat()
+                self._telemetry.leave(runtime.name)
                 self._telemetry.set_leading(runtime.name, 0)
 
     def _seat(self, runtime: Runtime, term: Term) -> None:

@@ -30,6 +30,8 @@ class Repair:
         self._recovery = recovery
         self._sizing = sizing
         self._sick_since: dict[int, float] = {}
+        self._lapsed: dict[int, float] = {}
+        """When slots' instances ceased to work, or were met not working: their age alone makes none late."""
         self.proved: dict[int, None] = {}
         """Slots that have proved themselves, for good or ill, or are left to a human, since the governor last asked."""
 
@@ -39,6 +41,10 @@ class Repair:
         self._recovery.touch(slot)
         if condition is Condition.DRAINING or self._desk.view.holder(slot) is not member:
             return
+        if condition in GOOD:
+            self._lapsed.pop(slot, None)
+        elif before is None or before in GOOD:
+            self._lapsed[slot] = now
         if condition in AILING or condition in GOOD:
             self.proved[slot] = None
         if condition in AILING:
@@ -70,6 +76,22 @@ class Repair:
         """When there is something to do even if nothing changes."""
         return self._recovery.next_due()
 
+    def ailing(self, now: float) -> float:
+        """For how many seconds the slot that waits longest for a healthy instance has been waiting; 0 if none does.
+
+        A manager that takes a fleet over counts from when it has seen that for itself.
+        """
+        state = self._desk.state
+        if state is None:
+            return 0.0
+        enough = self._desk.view.total_counts().total >= state.desired and not (state.rolling and state.desired)
+        while self._sick_since:
+            slot, since = next(iter(self._sick_since.items()))  # the oldest: slots are noted as they fall ill
+            if not (enough and self._sizing.is_empty(slot)):
+                return max(0.0, now - since)
+            del self._sick_since[slot]  # nobody will fill it any more
+        return 0.0
+
     # ------------------------------------------------------------------------------------------ deciding
 
     def case_of(self, slot: int, now: float) -> Case | None:
@@ -87,7 +109,7 @@ class Repair:
             ailment,
             instance.created_at if ailment is Ailment.UNPROVEN else self._sick_since.get(slot, now),
             grace=desk.spec.health.startup if _is_behind(member) else 0.0,
-            late_at=instance.created_at + desk.spec.rollout.progress_deadline if _is_behind(member) else None,
+            late_at=self._late_at(slot, instance.created_at) if _is_behind(member) else None,
             placed=member.condition is not Condition.PENDING,
             other_nodes=self.other_nodes(instance.node),
             revision_sick=(counts.sick + counts.dead) / max(1, counts.total),
@@ -96,6 +118,11 @@ class Repair:
             and state.fallback is not None
             and not state.rollout.is_rollback,
         )
+
+    def _late_at(self, slot: int, created_at: float) -> float:
+        """When an instance that does not work yet, or for the moment, has had time enough for it."""
+        deadline: float = self._desk.spec.rollout.progress_deadline
+        return max(created_at, self._lapsed.get(slot, created_at)) + deadline
 
     def other_nodes(self, node: str | None) -> bool:
         """Whether an instance could run on another node than this one."""
@@ -171,6 +198,7 @@ class Repair:
     def forget(self, slot: int) -> None:
         """The place is given up: who fills it next starts without its history."""
         self._sick_since.pop(slot, None)
+        self._lapsed.pop(slot, None)
         known = self._recovery.memory(slot) != RecoveryMemory()
         self._recovery.forget(slot)  # a wish that was never carried out must not meet the next instance either
         if known:

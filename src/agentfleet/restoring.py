@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from agentfleet import isolation
+from agentfleet.configuring import Configuring
 from agentfleet.core.recovery import RecoveryMemory
 from agentfleet.desk import Desk
 from agentfleet.disruptions import InFlight
-from agentfleet.feed import ConfigFeed, remembered
 from agentfleet.recovery import Recovery
 from agentfleet.state import FleetState
 from agentfleet.stores.journal import Journal
 from agentfleet.turn import Turn
 
 
-def restore(journal: Journal, desk: Desk, turn: Turn, feed: ConfigFeed, now: float) -> int:
+def restore(journal: Journal, desk: Desk, turn: Turn, configuring: Configuring, now: float) -> int:
     """Take up the fleet's state before anything is seen of it.
 
     Returns:
@@ -34,9 +34,7 @@ def restore(journal: Journal, desk: Desk, turn: Turn, feed: ConfigFeed, now: flo
     apart = journal.last_state(name, isolation.STATE)
     if apart is not None:
         turn.isolations.restore(apart.data)
-    config = remembered(journal, name)
-    if config is not None:
-        feed.restore(config)
+    configuring.restore(journal, name)
     return first
 
 

@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 from agentfleet.clock import Clock
-from agentfleet.errors import BackendUnavailable, Conflict, DeadlineExceeded
+from agentfleet.errors import BackendUnavailable, Conflict, DeadlineExceeded, Outdated
 
 if TYPE_CHECKING:
     from tenacity import AsyncRetrying, RetryCallState
@@ -27,16 +27,21 @@ def transient(
         initial: Seconds before the second attempt, at most.
         limit: Longest wait in seconds.
     """
-    from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt  # noqa: PLC0415 - slow to import
+    from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt  # noqa: PLC0415 - slow to import
 
     def wait(state: RetryCallState) -> float:
         span = min(limit, initial * 2.0 ** (state.attempt_number - 1))
         return span * (0.5 + rng.random() / 2)
 
     return AsyncRetrying(
-        retry=retry_if_exception_type((BackendUnavailable, Conflict, DeadlineExceeded)),
+        retry=retry_if_exception(_may_pass),
         stop=stop_after_attempt(attempts),
         wait=wait,
         sleep=clock.sleep,
         reraise=True,
     )
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may work the next time; what rests on an outdated sight must not."""
+    return isinstance(error, (BackendUnavailable, Conflict, DeadlineExceeded)) and not isinstance(error, Outdated)

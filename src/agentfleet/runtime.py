@@ -23,18 +23,18 @@ from anyio.abc import TaskGroup
 
 from agentfleet.actuator import Actuator, Failure
 from agentfleet.autoscaler import Autoscaler, MetricSource, ScaleTarget
-from agentfleet.backends.base import Announcing, ConfigKeeping, Engine, SizeKeeping, WorkloadBackend
+from agentfleet.backends.base import Announcing, ConfigKeeping, Engine, SizeKeeping, WorkloadBackend, own
 from agentfleet.clock import Clock
 from agentfleet.configstore import ConfigStore
+from agentfleet.configuring import Configuring
+from agentfleet.core.fence import Fence, NoFence
 from agentfleet.core.health import Verdict
-from agentfleet.core.leadership import Fence, NoFence
 from agentfleet.core.reason import Reason
 from agentfleet.desk import Desk
 from agentfleet.endpoints import Endpoints
 from agentfleet.errors import AgentFleetError, BackendUnavailable, NotLeader, OperationRefused
 from agentfleet.events import Event
-from agentfleet.feed import ConfigFeed
-from agentfleet.fencing import Fenced, FencedJournal, FencedRequests, allows
+from agentfleet.fencing import Fenced, FencedJournal, allows
 from agentfleet.health import HealthMonitor
 from agentfleet.instances import AgentStatus, Instance, Phase
 from agentfleet.loops import end_loops, only_error
@@ -43,11 +43,12 @@ from agentfleet.observer import Observer
 from agentfleet.postmortem import Postmortem
 from agentfleet.recovery import Recovery
 from agentfleet.restoring import restore, restore_slots
-from agentfleet.signals.http import HttpClient, Requests
+from agentfleet.signals.http import HttpClient
 from agentfleet.signals.probes import Prober
 from agentfleet.sizing import Sizing
 from agentfleet.specs import FleetSpec
 from agentfleet.state import FleetState
+from agentfleet.stores.acks import ConfigAcks
 from agentfleet.stores.journal import Journal
 from agentfleet.telemetry import Telemetry
 from agentfleet.turn import Turn
@@ -59,6 +60,8 @@ SYNC_DEADLINE = 60.0
 """Seconds for the backend's first whole picture."""
 _LAPSED = 0.2
 """Seconds between two looks whether a lease that has lapsed was renewed."""
+_BURST = 0.05
+"""Seconds between two turns at least, where the engine keeps fleets by itself and reports much at once."""
 
 
 class Runtime:
@@ -72,6 +75,8 @@ class Runtime:
         journal: Journal,
         clock: Clock,
         config: ConfigStore,
+        acks: ConfigAcks,
+        remember_config: bool,
         target: ScaleTarget,
         metrics: Mapping[str, MetricSource],
         prober: Prober | None,
@@ -104,6 +109,7 @@ class Runtime:
         actuator = Actuator(backend, self.name, clock=clock, rng=rng, on_done=self._action_done, fence=self.fence)
         self.desk = Desk(spec, view, actuator, self.record, rng)
         self.recovery = Recovery(spec.recovery)
+        self._rest = _BURST if isinstance(backend, WorkloadBackend) else 0.0
         self.engine_scales = isinstance(backend, SizeKeeping) and backend.keeps_size(spec)
         """Whether the size is the engine's own to decide."""
         sizing = (
@@ -115,7 +121,7 @@ class Runtime:
         self.endpoints = Endpoints(view, credential=self._credential, admits=self._is_configured)
         self.monitor = HealthMonitor(
             spec.health,
-            prober=prober or _own_prober(backend),
+            prober=prober or own(backend, "prober"),
             clock=clock,
             on_verdict=self._judged,
             on_status=self._reported,
@@ -123,16 +129,22 @@ class Runtime:
         self._observer = Observer(
             self.desk, self.turn, clock, watch_health=self._watch_health, forget_health=self._forget_health
         )
-        self.feed = ConfigFeed(
+        self.configuring = Configuring(
             config,
-            self.name,
-            http=FencedRequests(_own_network(backend) or self.http, self.fence),
+            self.desk,
+            self.turn,
+            acks=acks,
+            http=own(backend, "network") or self.http,
             clock=clock,
             record=self.record,
             credential=self._credential,
             on_met=self.endpoints.refresh,
             keep=self._keep_config if isinstance(backend, ConfigKeeping) else None,
+            remember=remember_config,
+            fence=self.fence,
+            sees=lambda: self._observer.synced,
         )
+        self.feed = self.configuring.feed
         self.autoscaler: Autoscaler | None = None
         self.meter = Meter(
             self.desk,
@@ -140,6 +152,9 @@ class Runtime:
             clock=clock,
             telemetry=telemetry,
             lag=lambda: self.monitor.statistics().lag_p99,
+            fence=self.fence,
+            ailing=self.turn.repair.ailing,
+            failing=lambda: sizing.failing,
             period=usage_period,
         )
         if spec.scaling is not None and not self.engine_scales:
@@ -192,7 +207,7 @@ class Runtime:
             await stack.enter_async_context(self.monitor)
             if not self._standby:
                 self._fence_backend()
-                self.first_seq = restore(self.journal, self.desk, self.turn, self.feed, self.clock.now())
+                self.first_seq = restore(self.journal, self.desk, self.turn, self.configuring, self.clock.now())
             tasks = anyio.create_task_group()
             await tasks.__aenter__()
             stack.push_async_exit(partial(end_loops, tasks))
@@ -211,7 +226,7 @@ class Runtime:
         """Begin to take turns."""
         tasks.start_soon(self._turns, name=f"turns {self.name}")
         tasks.start_soon(self.meter.run, name=f"usage {self.name}")
-        tasks.start_soon(self.feed.run, name=f"config {self.name}")
+        tasks.start_soon(self.configuring.run, name=f"config {self.name}")
         if self.autoscaler is not None:
             tasks.start_soon(self._scale_when_running, name=f"autoscaler {self.name}")
 
@@ -262,12 +277,14 @@ class Runtime:
                 continue
             if isinstance(self.journal, FencedJournal):
                 self.journal.settle()
-            began = time.perf_counter()
-            due = self.turn.take(self.clock.now())
+            began, at = time.perf_counter(), self.clock.now()
+            due = self.turn.take(at)
             self.meter.note_turn(time.perf_counter() - began)
             self.waiting.beat()
             with anyio.move_on_after(None if due is None else max(0.0, due - self.clock.now())):
                 await self._wake.wait()
+            if self._rest and (rest := at + self._rest - self.clock.now()) > 0:
+                await self.clock.sleep(rest)
 
     def wake(self) -> None:
         """Have a turn taken soon."""
@@ -278,12 +295,13 @@ class Runtime:
         await self.waiting.until(reached, timeout, what)
 
     async def _scale_when_running(self) -> None:
-        """The autoscaler sleeps while the fleet is stopped or not deployed."""
+        """The autoscaler sleeps while the fleet is stopped or not deployed, and while another one scales against it."""
         assert self.autoscaler is not None
         while True:
             await self.clock.sleep(self.autoscaler.policy.period)
             state = self.desk.state
-            if state is not None and state.running and not state.deleted and allows(self.fence):
+            runs = state is not None and state.running and not state.deleted
+            if runs and allows(self.fence) and not self.turn.sizing.contested(self.clock.now()):
                 await self.autoscaler.step()
 
     # ------------------------------------------------------------------------------------------ what comes in
@@ -381,15 +399,3 @@ class Runtime:
 
     def _credential(self, id: str) -> str | None:
         return self.backend.credential(self.name, id)
-
-
-def _own_network(backend: Engine) -> Requests | None:
-    """Likewise for requests to its agents."""
-    make = getattr(backend, "network", None)
-    return make() if make is not None else None
-
-
-def _own_prober(backend: Engine) -> Prober | None:
-    """The prober of a backend whose instances have no sockets (a simulation)."""
-    make = getattr(backend, "prober", None)
-    return make() if make is not None else None

@@ -18,6 +18,8 @@ from agentfleet.view import EXPENDABLE, SERVING, Condition, Counts, Member
 
 UNFIT = (Condition.DEAD, Condition.SICK, Condition.PENDING, Condition.STARTING)
 GOOD = (Condition.FRESH, Condition.IDLE, Condition.BUSY)
+CREATED_AT_ONCE = 100
+"""Instances that one turn creates at most, each of them journaled; between two turns others have theirs."""
 _RANK = {cause: rank for rank, cause in enumerate(Cause)}
 
 
@@ -48,6 +50,11 @@ class Sizing:
         """Hand in a wanted size for the next turn."""
         self._intents.append(intent)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether those whose removal is admitted are the ones that go; else the engine takes any as many."""
+        return True
+
     def avoid(self, slot: int, node: str) -> None:
         """Whoever fills this slot next should not run on `node`."""
         self._avoid[slot] = node
@@ -66,6 +73,11 @@ class Sizing:
             self._failures[action] = 0
 
     @property
+    def failing(self) -> int:
+        """How often in a row the engine has not done what the size asks for: made, ended, or taken on."""
+        return max(self._failures.values())
+
+    @property
     def must_be_told(self) -> bool:
         """Whether an isolated instance still fills a place for the engine until the engine is told."""
         return False
@@ -80,7 +92,7 @@ class Sizing:
         """Whether the engine itself has nothing left to do for a fleet without instances."""
         return True
 
-    def ordered(self, seen: Ordered) -> None:
+    def ordered(self, seen: Ordered, now: float) -> None:
         """What the engine has been told to keep, if it keeps fleets by itself."""
 
     def place(self) -> int:
@@ -128,9 +140,15 @@ class Sizing:
         """The engine has taken an instance for this slot: where it should not run has been said."""
         self._avoid.pop(slot, None)
 
-    def merge_intents(self) -> None:
+    def contested(self, now: float) -> bool:  # noqa: ARG002 - where others set sizes, too, it counts
+        """Whether an autoscaler's sizes are withheld, because another takes them back again and again."""
+        return False
+
+    def merge_intents(self, now: float) -> None:
         """Take over the strongest of the wanted sizes."""
-        intents, self._intents = self._intents, []
+        contested = self.contested(now)
+        intents = [each for each in self._intents if not contested or each.cause is not Cause.SCALING]
+        self._intents = []
         if not intents:
             return
         chosen = min(reversed(intents), key=lambda intent: _RANK[intent.cause])
@@ -168,7 +186,8 @@ class Sizing:
         if decision.roll_back_to is not None:
             self.roll_back(decision.roll_back_to, decision.reasons, now)
             return self.step(now)
-        self._create(decision, now)
+        if self._create(decision, now):
+            return decision, now
         dates = [date for date in (decision.wake, *self._retry_at.values()) if date is not None and date > now]
         return decision, min(dates, default=None)
 
@@ -228,16 +247,18 @@ class Sizing:
         elif decision.phase is RolloutPhase.FAILED:
             self._desk.record("rollout.failed", data={**data, "failures": state.failures}, reasons=decision.reasons)
 
-    def _create(self, step: RolloutDecision, now: float) -> None:
-        count = step.create_new or step.create_old
-        if not count or now < self._retry_at["create"]:
-            return
+    def _create(self, step: RolloutDecision, now: float) -> bool:
+        """Create what a step asks for, some of it: whether there is more to do at once."""
+        wanted = step.create_new or step.create_old
+        if not wanted or now < self._retry_at["create"]:
+            return False
+        count = min(wanted, CREATED_AT_ONCE)
         view, state = self._desk.view, self._desk.wanted
         number = state.target
         if step.create_old:
             number = max(self._old(), key=lambda each: view.counts(each).total)
         if state.revision(number) is None:
-            return  # its template is not kept any more: the rollout will bring these places to the target
+            return False  # its template is not kept any more: the rollout will bring these places to the target
         # places that were disrupted come first: a disruption is over, and a history goes on, when the slot is filled
         disrupted = self._desk.disruptions.unfilled(self.is_empty)
         vacant = (slot for slot in dict.fromkeys((*disrupted, *self._vacated)) if self.is_empty(slot))
@@ -247,6 +268,7 @@ class Sizing:
             self._create_one(slot, number, now)
         for slot in view.next_slots(count - len(first)):
             self._create_one(slot, number, now)
+        return wanted > count
 
     def _create_one(self, slot: int, number: int, now: float) -> None:
         desk = self._desk

@@ -59,8 +59,13 @@ else:
             return Annotated[tuple[item, ...], BeforeValidator(_listed)]
 
 
+def is_name(value: str) -> bool:
+    """Whether a fleet may be called so."""
+    return _NAME.fullmatch(value) is not None
+
+
 def _name(value: str) -> str:
-    if not _NAME.fullmatch(value):
+    if not is_name(value):
         raise PydanticCustomError(
             "name", "use 1 to 63 lower-case letters, digits and '-', starting and ending with a letter or digit"
         )

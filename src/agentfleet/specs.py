@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
+from agentfleet.errors import SpecError
 from agentfleet.frozen import FrozenDict
 from agentfleet.kubespec import KubernetesOptions
 from agentfleet.specbase import Argument, Count, Listed, Metric, Name, Positive, Ratio, Spec, Text, UrlPath
-from agentfleet.units import Cpu, Duration, Memory, Period, Share, share_of
+from agentfleet.units import Cpu, Duration, Memory, Period, Share, share_of, show
 
 # ------------------------------------------------------------------------------------------------ the agent
 
@@ -361,6 +362,22 @@ class FleetSpec(Spec):
     health: HealthPolicy = Field(default_factory=HealthPolicy)
     recovery: RecoveryPolicy = Field(default_factory=RecoveryPolicy)
     rollout: RolloutPolicy = Field(default_factory=RolloutPolicy)
+
+    def check_size(self, replicas: object) -> int:
+        """A size that an operator may ask for.
+
+        Raises:
+            SpecError: Not a whole number, negative, or outside the scaling policy's bounds.
+        """
+        if type(replicas) is not int or not 0 <= replicas <= 1_000_000:  # True is an int, and no size
+            raise SpecError(f"replicas must be a whole number from 0 to 1,000,000, not {show(replicas)}")
+        policy = self.scaling
+        if policy is not None and not policy.min_replicas <= replicas <= policy.max_replicas:
+            raise SpecError(
+                f"replicas ({replicas}) is outside scaling.min_replicas..max_replicas "
+                f"({policy.min_replicas}..{policy.max_replicas}): the autoscaler would undo it; change the policy"
+            )
+        return replicas
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -8,34 +8,32 @@ is an instance's id, and each label has a bounded number of values: what exceeds
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
-from agentfleet.errors import JournalError
+from agentfleet.enginemetrics import EngineMetrics
 from agentfleet.events import Event
+from agentfleet.measures import OTHER, Metric, is_label
+from agentfleet.observed import Journal, ObservedJournal
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-OTHER = "(other)"
+__all__ = ["METRICS", "OTHER", "ROLLOUT_STATES", "Metric", "Telemetry"]
+
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _SLOW = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric: its kind, help text, labels and, for a histogram, its buckets (seconds)."""
-
-    kind: str
-    text: str
-    labels: tuple[str, ...] = ("fleet",)
-    buckets: tuple[float, ...] = ()
 
 
 METRICS: Mapping[str, Metric] = {
     "agentfleet_instances": Metric("gauge", "Instances by state.", ("fleet", "state")),
     "agentfleet_desired_replicas": Metric("gauge", "Instances wanted."),
+    "agentfleet_nodes": Metric("gauge", "Nodes that instances may run on, by state.", ("fleet", "state")),
+    "agentfleet_resource_used": Metric(
+        "gauge", "Cores (cpu) and bytes (memory) used by the instances that could be measured.", ("fleet", "resource")
+    ),
+    "agentfleet_resource_requested": Metric("gauge", "What the same instances ask for.", ("fleet", "resource")),
     "agentfleet_decisions": Metric("counter", "Decisions by kind.", ("fleet", "kind")),
     "agentfleet_actions": Metric("counter", "Actions on instances that ended.", ("fleet", "action", "outcome")),
     "agentfleet_action_seconds": Metric("histogram", "Time an action took.", ("fleet", "action"), _SLOW),
@@ -44,7 +42,15 @@ METRICS: Mapping[str, Metric] = {
     "agentfleet_verdict_changes": Metric("counter", "Verdicts that changed.", ("fleet", "verdict")),
     "agentfleet_detection_seconds": Metric("histogram", "From a fault to its verdict.", ("fleet",), _SLOW),
     "agentfleet_recovery_seconds": Metric("histogram", "From a bad verdict to good health.", ("fleet",), _SLOW),
+    "agentfleet_ailing_seconds": Metric("gauge", "How long the place has been waiting that waits longest for health."),
     "agentfleet_scale_operations": Metric("counter", "Changes of the wanted number.", ("fleet", "direction", "by")),
+    "agentfleet_scale_outcomes": Metric("counter", "How changes of size ended.", ("fleet", "direction", "outcome")),
+    "agentfleet_scale_failures_in_a_row": Metric(
+        "gauge", "Times in a row that the engine has not made, ended or taken on what the size asks for."
+    ),
+    "agentfleet_scale_seconds": Metric(
+        "histogram", "From a wanted size to its instances.", ("fleet", "direction"), _SLOW
+    ),
     "agentfleet_rollout_state": Metric("gauge", "1 for the state that the rollout is in.", ("fleet", "state")),
     "agentfleet_config_published_revision": Metric("gauge", "Newest configuration revision."),
     "agentfleet_config_acked_revision": Metric("gauge", "Revision that every instance has answered for."),
@@ -61,6 +67,18 @@ METRICS: Mapping[str, Metric] = {
 }
 """Every metric by name; Prometheus adds `_total` to counters, and `_bucket`, `_sum`, `_count` to histograms."""
 
+_ZERO: Sequence[tuple[str, ...]] = (
+    *(("agentfleet_verdict_changes", verdict) for verdict in ("healthy", "unhealthy", "dead")),
+    *(
+        ("agentfleet_scale_outcomes", direction, outcome)
+        for direction in ("up", "down")
+        for outcome in ("reached", "failed", "overtaken")
+    ),
+    ("agentfleet_detection_seconds",),
+    ("agentfleet_recovery_seconds",),
+)
+"""Series that every fleet has from its beginning: a counter that begins with its first failure never shows a rise."""
+
 ROLLOUT_STATES = ("progressing", "paused", "complete", "failed", "rolled_back")
 
 _DECISIONS = ("scaling.decision", "governor.", "recovery.", "rollout.", "fleet.scaled")
@@ -71,26 +89,6 @@ _VERDICTS = {
     "instance.lost": "dead",
 }
 _ROLLOUTS = {"rollout.completed": "complete", "rollout.failed": "failed", "rollout.rolled_back": "rolled_back"}
-
-
-class Journal(Protocol):
-    """The journal's port as `observing` needs it; spelled out because one port does not import another."""
-
-    def append(self, event: Event) -> Event:
-        """See `stores.journal.Journal`."""
-        ...
-
-    def read(self, *, fleet: str | None = None, after: int = 0) -> Sequence[Event]:
-        """See `stores.journal.Journal`."""
-        ...
-
-    def last_state(self, fleet: str, kind: str) -> Event | None:
-        """See `stores.journal.Journal`."""
-        ...
-
-    def follow(self, *, fleet: str | None = None, after: int = 0) -> AsyncIterator[Event]:
-        """See `stores.journal.Journal`."""
-        ...
 
 
 class Telemetry:
@@ -118,6 +116,7 @@ class Telemetry:
         }
         self._render: Callable[[CollectorRegistry], bytes] = client.generate_latest
         self._metrics = {name: make[metric.kind](name, metric) for name, metric in METRICS.items()}
+        self._engines = EngineMetrics(self.registry, max_series=max_values)
         self._children: dict[str, dict[tuple[str, ...], Any]] = {}
         """The series of each fleet, by metric and further labels: found again without the library's own locking."""
         self._max_fleets, self._max_values = max_fleets, max_values
@@ -130,6 +129,9 @@ class Telemetry:
             "instance.unhealthy": self._on_unhealthy,
             "instance.recovered": self._on_recovered,
             "action.failed": self._on_action_failed,
+            "resizing.reached": self._on_resized,
+            "resizing.failed": self._on_resized,
+            "resizing.overtaken": self._on_resized,
             "config.published": self._on_published,
             "config.delivered": self._on_delivered,
             "config.rejected": lambda event: self._counter("config_rejections", event.fleet).inc(),
@@ -153,7 +155,7 @@ class Telemetry:
 
     def observing(self, journal: Journal) -> Journal:
         """`journal`, with every event that is appended to it also recorded here."""
-        return _ObservedJournal(journal, self)
+        return ObservedJournal(journal, self.record, self.count_journal_error)
 
     def _on_scaled(self, event: Event) -> None:
         before, after = _number(event, "from"), _number(event, "to")
@@ -161,6 +163,15 @@ class Telemetry:
             direction = "up" if after > before else "down"
             self._counter("scale_operations", event.fleet, direction, str(event.data.get("by", "unknown"))).inc()
             self.set_desired(event.fleet, after)
+
+    def _on_resized(self, event: Event) -> None:
+        before, wanted, seconds = (_number(event, name) for name in ("from", "to", "seconds"))
+        if before is None or wanted is None:
+            return
+        direction, outcome = "up" if wanted > before else "down", event.kind.partition(".")[2]
+        self._counter("scale_outcomes", event.fleet, direction, outcome).inc()
+        if outcome == "reached" and seconds is not None:
+            self._histogram("scale_seconds", event.fleet, direction).observe(seconds)
 
     def _on_state(self, event: Event) -> None:
         wanted = _number(event, "replicas")
@@ -194,12 +205,40 @@ class Telemetry:
         if seconds is not None:
             self._histogram("config_delivery_seconds", event.fleet).observe(seconds)
 
+    def measuring(self, engine: object) -> AbstractContextManager[None]:
+        """A block in which it is shown what an engine counts itself, if it does; see `backends.base.Measured`.
+
+        Fleets and managers do this for their engines: enter it before the engine, and leave it after.
+        """
+        return self._engines.measuring(engine)
+
     # -------------------------------------------------------------------------------------- direct observations
 
     def set_instances(self, fleet: str, counts: Mapping[str, int]) -> None:
         """How many instances are in each state; give every state, also those with none."""
         for state, count in counts.items():
             self._gauge("instances", fleet, state).set(count)
+
+    def set_nodes(self, fleet: str, counts: Mapping[str, int]) -> None:
+        """How many nodes are in each state; give every state, also those with none."""
+        for state, count in counts.items():
+            self._gauge("nodes", fleet, state).set(count)
+
+    def set_resource(self, fleet: str, resource: str, used: float | None, requested: float | None) -> None:
+        """What the measured instances use of a resource, and what they ask for; None where that is not known."""
+        for name, value in (("resource_used", used), ("resource_requested", requested)):
+            if value is None:
+                self._drop(fleet, (f"agentfleet_{name}", resource))
+            else:
+                self._gauge(name, fleet, resource).set(value)
+
+    def set_ailing(self, fleet: str, seconds: float) -> None:
+        """How long the place has been waiting that waits longest for a healthy instance; 0 while none does."""
+        self._gauge("ailing_seconds", fleet).set(seconds)
+
+    def set_scale_failures(self, fleet: str, times: int) -> None:
+        """How often in a row the engine has not done what the size asks for."""
+        self._gauge("scale_failures_in_a_row", fleet).set(times)
 
     def set_desired(self, fleet: str, replicas: float) -> None:
         """How many instances are wanted."""
@@ -233,6 +272,8 @@ class Telemetry:
     def set_leading(self, fleet: str, epoch: int) -> None:
         """In which epoch this manager leads a fleet that several share; 0 while it does not."""
         self._gauge("leading_epoch", fleet).set(epoch)
+        if epoch and fleet in self._config:
+            self._set_config(fleet)
 
     def observe_turn(self, fleet: str, seconds: float) -> None:
         """The time that one turn took."""
@@ -248,8 +289,27 @@ class Telemetry:
         for metric, *labels in self._children.pop(fleet, {}):
             self._metrics[metric].remove(fleet, *labels)
 
+    def leave(self, fleet: str) -> None:
+        """Drop what says how a fleet stands: from now on another manager says so. What has happened stays counted."""
+        self._config.pop(fleet, None)
+        self.lapse(fleet)
+
+    def lapse(self, fleet: str) -> None:
+        """As `leave`, for as long as it is not certain whether this manager still leads; `set_leading` ends it."""
+        for series in tuple(self._children.get(fleet, ())):
+            if METRICS[series[0]].kind == "gauge":
+                self._drop(fleet, series)
+
+    def _drop(self, fleet: str, series: tuple[str, ...]) -> None:
+        if self._children.get(fleet, {}).pop(series, None) is not None:
+            self._metrics[series[0]].remove(fleet, *series[1:])
+
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All metrics in Prometheus' text format.
+
+        It takes some 3 ms a fleet, for which an event loop must not stand still: call it in another thread, as in
+        `await anyio.to_thread.run_sync(telemetry.render)`. Whatever goes on counting meanwhile may do so.
+        """
         return self._render(self.registry)
 
     # -------------------------------------------------------------------------------------- series
@@ -278,9 +338,11 @@ class Telemetry:
     def _child(self, name: str, fleet: str, labels: tuple[str, ...]) -> Any:
         of_fleet = self._children.get(fleet)
         if of_fleet is None:
-            if fleet != OTHER and (len(self._children) >= self._max_fleets or not _is_label(fleet)):
+            if fleet != OTHER and (len(self._children) >= self._max_fleets or not is_label(fleet)):
                 return self._child(name, OTHER, labels)
             of_fleet = self._children[fleet] = {}
+            for metric, *known in _ZERO:
+                of_fleet[metric, *known] = self._metrics[metric].labels(fleet, *known)
         key = (f"agentfleet_{name}", *labels)
         child = of_fleet.get(key)
         if child is None:
@@ -294,42 +356,10 @@ class Telemetry:
         """`value` if it is among the first ones of its label, else "(other)"."""
         known = self._values.setdefault((name, str(place)), {OTHER})
         if value not in known:
-            if len(known) > self._max_values or not _is_label(value):
+            if len(known) > self._max_values or not is_label(value):
                 return OTHER
             known.add(value)
         return value
-
-
-class _ObservedJournal:
-    """A journal whose appends are also metrics."""
-
-    __slots__ = ("_journal", "_telemetry")
-
-    def __init__(self, journal: Journal, telemetry: Telemetry) -> None:
-        self._journal, self._telemetry = journal, telemetry
-
-    def append(self, event: Event) -> Event:
-        try:
-            recorded = self._journal.append(event)
-        except JournalError:
-            self._telemetry.count_journal_error(event.fleet)
-            raise
-        self._telemetry.record(recorded)
-        return recorded
-
-    def read(self, *, fleet: str | None = None, after: int = 0) -> Sequence[Event]:
-        return self._journal.read(fleet=fleet, after=after)
-
-    def last_state(self, fleet: str, kind: str) -> Event | None:
-        return self._journal.last_state(fleet, kind)
-
-    def follow(self, *, fleet: str | None = None, after: int = 0) -> AsyncIterator[Event]:
-        return self._journal.follow(fleet=fleet, after=after)
-
-
-def _is_label(value: str) -> bool:
-    """Whether a text can be a label: short, and free of what cannot be written (half of a surrogate pair)."""
-    return len(value) <= 100 and value.isprintable()
 
 
 def _number(event: Event, name: str) -> float | None:

@@ -6,7 +6,7 @@ are handed to the actuator. A turn costs what changed since the last one, not wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from agentfleet.instances import Isolation, Phase
 from agentfleet.isolation import Isolations
 from agentfleet.recovery import Recovery, Wish
 from agentfleet.repair import Repair
-from agentfleet.sizing import Sizing
+from agentfleet.sizing import Intent, Sizing
 from agentfleet.state import FleetState
 from agentfleet.view import SERVING, Condition, Member
 
@@ -113,6 +113,13 @@ class Turn:
 
     # ------------------------------------------------------------------------------------------ the turn
 
+    def heed(self, intent: Intent, now: float) -> None:
+        """Take over a user's wanted size now, so that it is recorded; it still goes before what comes this turn."""
+        self.sizing.offer(intent)
+        self.sizing.merge_intents(now)
+        self.sizing.offer(intent)
+        self.save()
+
     def take(self, now: float) -> float | None:
         """Take one turn.
 
@@ -123,7 +130,7 @@ class Turn:
         ripe = desk.view.ripen(now)
         if desk.state is None:
             return ripe
-        self.sizing.merge_intents()
+        self.sizing.merge_intents(now)
         step, wake = self.sizing.step(now)
         proposals = {each.disruption.slot: each for each in self.sizing.proposals(step, now)}
         for each in self.repair.proposals(proposals.keys(), now):
@@ -160,6 +167,25 @@ class Turn:
         self._admit(Proposal(Disruption(slot, Cause.OPERATOR, member.condition in SERVING), member, wish), done, now)
         self.repair.apply(wish, member, now)
         self.save()
+
+    def put_on_trial(self, members: Sequence[Member], now: float) -> tuple[list[Member], Reason | None]:
+        """Which of these instances may be given something on trial now, and why not the others.
+
+        They are at risk from now on, for as long as `recovery.settle` at most (`desk.disruptions.safe` ends it).
+        """
+        asked = {each.instance.slot: each for each in members}
+        proposals = {
+            slot: Proposal(
+                Disruption(slot, Cause.CONFIG, each.condition in SERVING, risk=True), each, going="configure"
+            )
+            for slot, each in asked.items()
+        }
+        verdict = self._govern(proposals, now, note=False)
+        until = now + self._desk.spec.recovery.settle
+        for disruption in verdict.admitted:
+            self._desk.disruptions.risk(disruption.slot, until)
+        held = next((reason for _, reason in verdict.held), None)
+        return [asked[disruption.slot] for disruption in verdict.admitted], held
 
     def isolate(self, id: str, isolation: Isolation, now: float) -> None:
         """Set one instance apart on an operator's word, if the governor admits it; raises like `remedy`."""
@@ -207,7 +233,7 @@ class Turn:
             desired=state.desired,
             good=counts.good,
             sick=counts.sick + counts.dead,
-            under_way=len(book),
+            under_way=len(book) + book.at_risk(now),
             known=frozenset(slot for slot in proposals if slot in book),
             asked=tuple(each.disruption for each in proposals.values()),
         )
@@ -254,7 +280,8 @@ class Turn:
         if proposal.wish is not None:
             self.repair.apply(proposal.wish, proposal.member, now)
             return
-        desk.record("instance.removing", instance.id, {"slot": disruption.slot, "cause": disruption.cause.value})
+        if self.sizing.chooses or not disruption.surplus:
+            desk.record("instance.removing", instance.id, {"slot": disruption.slot, "cause": disruption.cause.value})
         self.repair.forget(disruption.slot)
         self.sizing.remove(proposal.member, desk.drain_of(instance))
 

@@ -24,7 +24,7 @@ class Condition(StrEnum):
     """Runs, but its verdict is unhealthy."""
     PENDING = "pending"
     STARTING = "starting"
-    """Runs and was never healthy yet."""
+    """Runs, and was never healthy yet or is not ready at the moment."""
     UNKNOWN = "unknown"
     """Runs, and nothing is known of its health: serves, but proves nothing."""
     FRESH = "fresh"
@@ -55,6 +55,7 @@ SERVING = frozenset({Condition.UNKNOWN, Condition.FRESH, Condition.IDLE, Conditi
 GOOD = frozenset({Condition.FRESH, Condition.IDLE, Condition.BUSY})
 """Conditions that are evidence of health."""
 
+_ILL = (Condition.SICK, Condition.DEAD)
 _PLACELESS = (None, Condition.DRAINING, Condition.ISOLATED)
 
 
@@ -85,6 +86,10 @@ class Member:
     """True once we told it to go, ahead of its backend saying so."""
     renewing: bool = False
     """True from when we told its process to start again until it has: it keeps its place and serves nobody."""
+    ailments: int = 0
+    """How often it has turned sick or exited of its own accord; a lost node is not its fault."""
+    renewals: int = 0
+    """How often we told its process to start again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,8 @@ class FleetView:
         """How many instances are leaving."""
         self.isolated: dict[str, None] = {}
         """Instances that are kept for examination and do not leave yet, in the order in which that was seen."""
+        self.touched: set[str] | None = None
+        """Instances that came, went or changed, but for their load and usage; None while nobody takes them out."""
         self._slots = Slots()
         self._ripening: list[tuple[float, str]] = []
 
@@ -228,6 +235,7 @@ class FleetView:
                 self._move(member, None)  # relabelled from outside: it leaves its old places first
             member.instance = instance
             member.seen = member.seen or seen
+        self._touch(instance.id)
         self._sort(member)
         return member
 
@@ -253,6 +261,7 @@ class FleetView:
         member = self.members.get(id)
         if member is not None:
             member.renewing = True
+            member.renewals += 1
             self._sort(member)
 
     def keep(self, id: str) -> None:
@@ -288,7 +297,9 @@ class FleetView:
         self.failed += max(0, status.failed - member.failed)
         member.completed, member.failed = status.completed, status.failed
         member.reported = True
-        member.config_revision = status.config_revision
+        if member.config_revision != status.config_revision:
+            member.config_revision = status.config_revision
+            self._touch(id)
         if member.condition in (Condition.IDLE, Condition.BUSY):
             self._sort(member)
 
@@ -315,6 +326,10 @@ class FleetView:
         return None
 
     # ------------------------------------------------------------------------------------------ sorting
+
+    def _touch(self, id: str) -> None:
+        if self.touched is not None:
+            self.touched.add(id)
 
     def _set_load(self, member: Member, in_flight: int, queued: int) -> None:
         self.in_flight += in_flight - member.in_flight
@@ -353,6 +368,9 @@ class FleetView:
         before, id = member.condition, member.instance.id
         self._leave_bucket(member)
         member.condition = condition
+        if condition in _ILL and before not in _ILL and not member.renewing and member.instance.phase is not Phase.LOST:
+            member.ailments += 1
+        self._touch(id)
         if condition is Condition.DRAINING:
             self.draining += 1
         elif condition is Condition.ISOLATED:

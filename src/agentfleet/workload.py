@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from agentfleet.backends.base import AUTOSCALER, Ordered, Workload
+from agentfleet.core import contention
+from agentfleet.core.contention import ContentionMemory, ContentionObserved
 from agentfleet.core.governor import Cause
 from agentfleet.core.reason import Reason
 from agentfleet.core.rollout import RolloutDecision, RolloutPhase
@@ -36,11 +38,17 @@ class WorkloadSizing(Sizing):
         self._yielded: int | None = None
         """The target when somebody else put a strange template in its place, which stays until another is wanted."""
         self._deletion = "none"
+        self._contention = ContentionMemory()
 
     @property
     def must_be_told(self) -> bool:
         """The engine counts its instances by itself."""
         return True
+
+    @property
+    def chooses(self) -> bool:
+        """Not where nothing tells instances apart, or all of them go: then the size alone is changed."""
+        return self._desk.view.informed and self._desk.wanted.desired > 0
 
     @property
     def settled(self) -> bool:
@@ -49,31 +57,36 @@ class WorkloadSizing(Sizing):
 
     # ------------------------------------------------------------------------------------------ what comes in
 
-    def ordered(self, seen: Ordered) -> None:
+    def ordered(self, seen: Ordered, now: float) -> None:
         """Take in what the engine has been told; what others told it is adopted and explained, not fought over."""
         state = self._desk.state
-        told = self._sent.replicas if self._sent is not None else 0 if state is None else state.desired
+        size = self._sent.replicas if self._sent is not None else 0 if state is None else state.desired
         before, self._known = self._known, seen
         if state is None or state.deleted:
             return
         if seen.absent:
             self._miss()
             return
+        if seen.trouble is not None and (before is None or before.trouble != seen.trouble):
+            self._desk.record("fleet.blocked", data={"revision": state.target, "why": seen.trouble})
         if seen.edit is not None and (before is None or before.edit != seen.edit):
             self._note_foreign(replace(seen, by=seen.edit.by), "template")
         first = before is None
         if self._engine_scales and (seen.by == AUTOSCALER or (first and seen.by is None)):
-            if state.running and seen.replicas and seen.replicas != told:
-                self._follow_size(seen.replicas, told)
+            if state.running and seen.replicas and seen.replicas != size:
+                self._follow_size(seen.replicas, size)
             return
         if seen.by is None:
             return
-        if seen.replicas != told:
-            self._adopt_size(state, seen, told)
+        if seen.replicas != size:
+            self._adopt_size(state, seen, size)
+            self._contend(ContentionObserved(rival=seen.by), now)
         if seen.paused != self._desk.wanted.paused:
             self._note_foreign(seen, "paused" if seen.paused else "resumed")
             self._desk.state = replace(self._desk.wanted, paused=seen.paused)
-        if state.target not in {seen.revision, self._yielded}:
+        told = None if self._sent is None or not self._accepted else self._sent.revision
+        known = told if told is not None or before is None else before.revision
+        if state.target not in {seen.revision, self._yielded} and (first or seen.revision != known):
             self._adopt_revision(seen)
 
     def _miss(self) -> None:
@@ -96,6 +109,28 @@ class WorkloadSizing(Sizing):
         if not state.running and seen.replicas:  # a stopped fleet that somebody gives a size has been started
             self._desk.state = replace(state, running=True)
         self.offer(Intent(Cause.OPERATOR, seen.replicas, (reason,)))
+
+    def contested(self, now: float) -> bool:
+        """As `Sizing.contested`; also ends what has been let alone for long enough."""
+        return self._contend(ContentionObserved(), now)
+
+    def _contend(self, observed: ContentionObserved, now: float) -> bool:
+        """Note who sets the size; whether our autoscaler is to hold still."""
+        if self._engine_scales:
+            return False  # ours sleeps
+        decision, self._contention = contention.decide(observed, self._contention, now)
+        if decision.began is not None:
+            self._desk.record("scaling.contested", data={"by": observed.rival}, reasons=(decision.began,))
+        if decision.ended is not None:
+            self._desk.record("scaling.uncontested", reasons=(decision.ended,))
+        return decision.held
+
+    def merge_intents(self, now: float) -> None:
+        """As `Sizing.merge_intents`; what the autoscaler sets is remembered."""
+        before = self._desk.wanted.replicas
+        super().merge_intents(now)
+        if self._size_cause is Cause.SCALING and self._desk.wanted.replicas != before:
+            self._contend(ContentionObserved(scaled=True), now)
 
     def _adopt_revision(self, seen: Ordered) -> None:
         state = self._desk.wanted
@@ -146,8 +181,9 @@ class WorkloadSizing(Sizing):
             return self._sent.replicas
         return self._known.replicas if self._known is not None else 0
 
-    def _create(self, step: RolloutDecision, now: float) -> None:
+    def _create(self, step: RolloutDecision, now: float) -> bool:  # noqa: ARG002 - not its work
         """The engine creates."""
+        return False
 
     def proposals(self, step: RolloutDecision, now: float) -> Iterator[Proposal]:  # noqa: ARG002 - not its plan
         """Those who should go first when the fleet is to be smaller; the engine retires old revisions by itself."""
@@ -195,15 +231,17 @@ class WorkloadSizing(Sizing):
         """What the engine should keep: all that are wanted, and those who may not go yet."""
         stay = self._desk.view.total_counts().total
         failed = state.rollout.phase is RolloutPhase.FAILED
+        size = max(state.desired, min(self._size(), stay))
         return Workload(
             self._desk.spec,
             state.target,
             state.template,
-            max(state.desired, min(self._size(), stay)),
+            size,
             paused=state.paused or (failed and bool(self._old())),  # a failed revision gets no more instances
             expendable=tuple(self._leaving),
             indifferent=not self._desk.view.informed,
             resting=None if state.running or state.deleted else state.replicas,
+            same_size=size == self._size() and not self._engine_scales,
         )
 
     def _let_others_stay(self) -> None:

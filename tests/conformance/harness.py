@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import anyio
 import pytest
 
-from agentfleet.backends.base import Backend, Changed, Creation, Observation, Removed, Snapshot
+from agentfleet.backends.base import Backend, Changed, Creation, Engine, Observation, Removed, Snapshot
 from agentfleet.instances import Instance, Phase
 from agentfleet.specs import AgentTemplate
 
@@ -100,7 +100,7 @@ def _discover() -> None:
 class Watched:
     """A watch with its whole history, pulled on demand: no task of its own, so nothing can leak."""
 
-    def __init__(self, backend: Backend, fleet: str, deadline: float) -> None:
+    def __init__(self, backend: Engine, fleet: str, deadline: float) -> None:
         self._deadline = deadline
         self._stream = backend.watch(fleet)
         self.history: list[Observation] = []

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
+from agentfleet.core.fence import NoFence
 from agentfleet.core.leadership import (
     Action,
     Failed,
@@ -18,7 +19,6 @@ from agentfleet.core.leadership import (
     LeaseRecord,
     Looked,
     News,
-    NoFence,
     Refused,
     Wrote,
     decide,

@@ -12,8 +12,11 @@ import pytest
 from pydantic import BaseModel
 from tests.fleet.world import World, spec
 
-from agentfleet import ConfigInvalid, DeadlineExceeded, Fleet
+from agentfleet import BackendUnavailable, ConfigError, ConfigInvalid, ConfigStore, DeadlineExceeded, Fleet
+from agentfleet.configrings import ConfigRings
 from agentfleet.signals.http import HttpError, Response
+from agentfleet.stores.config import ConfigRevision
+from agentfleet.stores.config_memory import MemoryConfig
 from agentfleet.testing import virtual
 
 
@@ -188,3 +191,56 @@ async def test_of_many_publications_all_end_at_the_last() -> None:
             await anyio.sleep(0.02)
         await anyio.sleep(10)
         assert list(agents.now().values()) == [{"n": 29}] * 6
+
+
+class Down(MemoryConfig):
+    """Records whose database is gone; its driver says where it was, and who asked."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    async def newest(self, key: str) -> ConfigRevision | None:
+        if isinstance(self.error, ConfigError):
+            raise self.error from BackendUnavailable(str(self.error))
+        raise self.error
+
+
+@virtual
+@pytest.mark.parametrize("kind", [ConfigError, DeadlineExceeded])
+async def test_what_a_database_says_is_logged_and_told_to_nobody(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Events are read by whoever may read; hosts and users of the store are the operator's."""
+    store = ConfigStore(Down(kind('connection to server at "10.1.2.3" failed for user "fleet"')))
+    world = World()
+    fleet = world.fleet()
+    monkeypatch.setattr(fleet._runtime.feed, "_store", store)
+    rings: ConfigRings = fleet._runtime.configuring.rings
+    monkeypatch.setattr(rings, "_store", store)
+    async with fleet:
+        await fleet.deploy()
+        await anyio.sleep(10)
+        told = world.events("config.unavailable")
+        (held,) = world.events("config.held")
+    assert told[0].data["error"] == kind.__name__
+    assert "manager's log" in told[0].data["message"]
+    assert held.reasons[0]["code"] == "config.unavailable"
+    for word in ("10.1.2.3", "user"):
+        assert not [event.kind for event in world.events() if word in event.to_json()]
+        assert kind is not ConfigError or word in caplog.text
+
+
+@virtual
+async def test_what_the_store_itself_says_is_told() -> None:
+    """That its records went back is no driver's word."""
+    world = World()
+    async with world.fleet() as fleet:
+        await fleet.deploy()
+        await fleet.configure({"n": 1})
+        await fleet.configure({"n": 2})
+        records: Any = fleet._runtime.feed._store._records
+        records._kept[world.name] = records._kept[world.name][:1]
+        records._ring(world.name)
+        await anyio.sleep(20)
+        assert "went back from revision 2 to 1" in world.events("config.unavailable")[0].data["message"]

@@ -76,6 +76,12 @@ async def test_the_engines_size_is_followed_and_nobody_elses_business() -> None:
         engine.by_somebody(4)
         await anyio.sleep(60)
         assert len(engine.events("fleet.foreign_change")) == 1, "a person is still called by name"
+        for size in (6, 4, 6, 4, 6, 4):
+            engine.backend.kept("a").scale(8, by=AUTOSCALER)
+            await anyio.sleep(20)
+            engine.by_somebody(size)
+            await anyio.sleep(20)
+        assert not engine.events("scaling.contested"), "it is the engine's own autoscaler that a person argues with"
 
         await fleet.stop(timeout=60)
         assert (engine.backend.orders[-1].replicas, engine.backend.orders[-1].resting) == (0, 4)

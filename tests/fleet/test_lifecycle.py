@@ -321,7 +321,7 @@ async def test_revisions_are_kept_and_trimmed() -> None:
 
 
 @virtual
-@pytest.mark.parametrize("size", [-1, 1_000_001, 2.0, "3", None, True], ids=str)
+@pytest.mark.parametrize("size", [-1, 1_000_001, 10**9, 2.0, "3", None, True], ids=str)
 async def test_a_bad_size_is_refused_and_changes_nothing(size: object) -> None:
     """Sizes that are no whole number from 0 to a million are refused by name."""
     world = World(spec(2))

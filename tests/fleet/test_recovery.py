@@ -40,6 +40,50 @@ async def test_a_sick_instance_is_restarted(fault: str) -> None:
 
 
 @virtual
+async def test_what_was_ready_gets_time_to_be_so_again() -> None:
+    """A control plane that was away takes nodes for not ready until it has heard from them: nothing is done."""
+    world = World()
+    async with world.deployed() as fleet:
+        await anyio.sleep(3600)
+        assert world.faults.unready(seconds=20.0) == 10
+        await anyio.sleep(10)
+        assert fleet.status()["good"] < 10, "it is seen"
+        await world.settled(fleet, within=60.0)
+    assert world.effort() == (10, 0, 0)
+
+
+@virtual
+async def test_who_takes_a_fleet_over_counts_from_what_it_sees_itself() -> None:
+    """Nor does it restart at once what was not ready when it came."""
+    world = World()
+    async with world.deployed():
+        await anyio.sleep(3600)
+        world.faults.unready(seconds=40.0)
+        await anyio.sleep(10)
+    async with world.fleet() as fleet:
+        await anyio.sleep(10)
+        assert fleet.status()["good"] < 10
+        await world.settled(fleet, within=60.0)
+    assert world.effort() == (10, 0, 0)
+
+
+@virtual
+async def test_what_does_not_get_ready_again_is_restarted() -> None:
+    """After a rollout's progress deadline it has failed, however well it answers probes."""
+    world = World()
+    async with world.deployed() as fleet:
+        await anyio.sleep(3600)
+        id = world.ids()[0]
+        world.faults.unready(id)
+        deadline = fleet.spec.rollout.progress_deadline
+        await anyio.sleep(deadline - 5)
+        assert not world.backend.restarted
+        await anyio.sleep(10)
+        await world.settled(fleet, within=60.0)
+    assert world.backend.restarted == [id]
+
+
+@virtual
 async def test_an_agent_without_progress_is_restarted() -> None:
     """A busy agent that answers well but gets nowhere for `stuck_after` is sick."""
     health = HealthPolicy(checks=(HttpCheck(path="/status", period=5.0),), stuck_after=60.0)

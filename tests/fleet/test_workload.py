@@ -17,8 +17,10 @@ from agentfleet import (
     HttpCheck,
     MemoryBackend,
     MemoryJournal,
+    QueueTarget,
     RolloutFailed,
     RolloutPolicy,
+    ScalingPolicy,
 )
 from agentfleet.backends.memory import Load, MemoryDeployments
 from agentfleet.testing import virtual
@@ -91,6 +93,21 @@ async def test_the_idle_go_first_when_it_shrinks() -> None:
         await fleet.scale(6)
         await anyio.sleep(120)
         assert sorted(instance.id for instance in fleet.instances) == busy
+        removing = {event.instance for event in engine.events("instance.removing")}
+        assert len(removing) == 6
+        assert removing.isdisjoint(busy)
+
+
+@virtual
+async def test_nobody_is_named_when_the_engine_chooses_who_goes() -> None:
+    """Instances that say nothing of their work are all alike: the size is told, and no single one."""
+    engine = Engine(spec(12, health=HealthPolicy(checks=(HttpCheck(path="/health", period=5.0),))))
+    async with engine.deployed() as fleet:
+        await fleet.scale(6)
+        await anyio.sleep(120)
+        assert len(fleet.instances) == 6
+        assert not engine.events("instance.removing")
+        assert len(engine.events("instance.removed")) == 6
 
 
 @virtual
@@ -182,3 +199,55 @@ async def test_an_engine_out_of_reach_is_told_later() -> None:
         await anyio.sleep(400)
         await fleet.ready(timeout=120)
         assert len(fleet.instances) == 8
+
+
+@virtual
+async def test_an_upgrade_waits_for_a_size_that_was_not_seen_yet() -> None:
+    """Somebody scales while nothing is seen: the upgrade is not told in the old size, and comes in the new one."""
+    engine = Engine(spec(5))
+    async with engine.deployed() as fleet:
+        kept = engine.backend.kept(fleet.name)
+        watchers, kept.watchers[:] = list(kept.watchers), []
+        kept.scale(8, by="ann")
+        await fleet.upgrade("2", wait=False)
+        await anyio.sleep(30)
+        assert engine.backend.orders[-1].revision == 1
+        failed = engine.events("action.failed")
+        assert {each.data["error"] for each in failed} == {"Outdated"}
+        assert len(failed) < 10, "told again after a wait, longer each time, and never at once"
+        for watcher in watchers:
+            kept.subscribe(watcher)
+        await fleet.ready(timeout=120)
+        await anyio.sleep(120)
+        assert [each.version for each in fleet.instances] == ["2"] * 8
+
+
+@virtual
+async def test_an_autoscaler_that_somebody_else_fights_yields_and_comes_back() -> None:
+    """Another scaler takes back each size that ours sets: after a few rounds ours holds still, and says why, once."""
+    policy = ScalingPolicy(min_replicas=2, max_replicas=20, targets=(QueueTarget(length=5),), period=10.0)
+    engine = Engine(spec(4, scaling=policy))
+    queue = 50.0
+    async with Fleet(
+        engine.spec, backend=engine.backend, journal=engine.journal, seed=1, metrics={"queue": lambda: queue}
+    ) as fleet:
+        await fleet.deploy(timeout=120)
+        kept = engine.backend.kept(fleet.name)
+        for _ in range(8):  # the other one wants 6, whatever ours says
+            await anyio.sleep(25)
+            if kept.ordered().replicas != 6:
+                kept.scale(6, by="hpa")
+        (contested,) = engine.events("scaling.contested")
+        assert contested.data["by"] == "hpa"
+        assert "Let one of the two scale" in contested.reasons[0]["text"]
+        assert fleet.status()["desired"] == 6
+        orders, decided = len(engine.backend.orders), len(engine.events("scaling.decision"))
+        await anyio.sleep(300)
+        assert len(engine.events("scaling.decision")) == decided, "nothing is decided that is not done"
+        assert len(engine.backend.orders) == orders, "nobody writes against anybody"
+        await fleet.scale(8)  # a person's word counts all the same
+        await anyio.sleep(30)
+        assert fleet.status()["desired"] == 8
+        await anyio.sleep(600)  # the other one has been taken away
+        assert len(engine.events("scaling.uncontested")) == 1
+        assert fleet.status()["desired"] == 10, "what the queue asks for"

@@ -1,15 +1,16 @@
-"""A control plane for all tests of this directory, and a loud word where there is none to be had."""
+"""Control planes for all tests of this directory, and a loud word where there is none to be had."""
 
 from __future__ import annotations
 
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
-import psutil
 import pytest
+from tests.leftovers import children, descriptors
 
 from agentfleet.testing.kube import AssetsMissing, ControlPlane, PlaneOptions, find_assets
 
@@ -20,11 +21,24 @@ _missing: list[str] = []
 _lasting: set[ControlPlane] = set()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep all that share the control plane in one process when pytest runs in several: there is to be one plane."""
+    """Keep all that share a control plane in one process when pytest runs in several: it is to be started once.
+
+    Faults have one of their own: they take as long as all the others together.
+    """
     for item in items:
-        if "plane" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("plane"))
+        used = getattr(item, "fixturenames", ())
+        if "mortal_plane" in used:
+            item.add_marker(pytest.mark.xdist_group("mortal plane"))
+        elif "plane" in used:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _group(item: pytest.Item) -> str:
+    if hasattr(getattr(item, "module", None), "plane"):
+        return f"plane of {item.path.stem}"
+    return "plane of faults" if item.path.stem.startswith("test_faults") else "plane"
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +56,19 @@ def kube_assets() -> Path:
 @pytest.fixture(scope="session")
 def plane(kube_assets: Path) -> Iterator[ControlPlane]:
     """One control plane for the whole session: use a namespace of your own, and leave its API server alone."""
-    made = ControlPlane(OPTIONS, assets=kube_assets)
+    with _lasts(ControlPlane(OPTIONS, assets=kube_assets)) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def mortal_plane(kube_assets: Path) -> Iterator[ControlPlane]:
+    """Another one that may be hurt, if it is whole again afterwards; it waits for silent nodes as any other, 40 s."""
+    with _lasts(ControlPlane(assets=kube_assets)) as made:
+        yield made
+
+
+@contextmanager
+def _lasts(made: ControlPlane) -> Iterator[ControlPlane]:
     anyio.run(made.start)
     _lasting.add(made)
     try:
@@ -58,27 +84,13 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("integration") is None:
         yield
         return
-    before, open_before = _children(), _descriptors()
+    before, open_before = children(), descriptors()
     yield
     gc.collect()
-    left = _children() - before - {each.pid for plane in _lasting for each in plane.programs.values()}
+    left = children() - before - {each.pid for plane in _lasting for each in plane.programs.values()}
     assert not left, f"child processes left: {sorted(left)}"
-    new = {fd: name for fd, name in _descriptors().items() if open_before.get(fd) != name}
+    new = {fd: name for fd, name in descriptors().items() if open_before.get(fd) != name}
     assert not new, f"file descriptors left: {new}"
-
-
-def _children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
-
-
-def _descriptors() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            found[entry.name] = str(entry.readlink())
-        except FileNotFoundError:
-            continue  # the descriptor of this very listing
-    return found
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

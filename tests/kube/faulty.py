@@ -13,13 +13,16 @@ from tests.kube.world import Cluster, spec
 
 from agentfleet import Fleet, FleetSpec
 from agentfleet.backends.kubernetes import Connection, Informer, KubeConfig, KubernetesBackend
+from agentfleet.backends.kubernetes.lease import KubernetesLeases
 from agentfleet.testing.kube import ControlPlane, FakeKubelet, FaultProxy, KubeletOptions, NoAnswer
 
 SIZE = 8
 LEAST = 6
 """Of these, with the default policy's quarter that may be unavailable."""
-WRITES = r"/(configmaps|deployments|services|poddisruptionbudgets)/"
+WRITES = r"/(configmaps|deployments|services|poddisruptionbudgets)([/?]|$)"
 """Requests by which a manager says what should be."""
+WRITING = "POST|PATCH|DELETE"
+"""Their methods. What is new is made by POST, and then applied and scaled by PATCH."""
 
 Act = Callable[[Fleet], Awaitable[None]]
 
@@ -57,13 +60,13 @@ class Faulty(Cluster):
         async with super().fleet(wanted) as fleet:
             yield fleet
 
-    async def crash(self, wanted: FleetSpec, act: Act, *, write: int, method: str = "PATCH", done: bool = True) -> bool:
+    async def crash(self, wanted: FleetSpec, act: Act, *, write: int, done: bool = True) -> bool:
         """A manager that ends in the middle of its n-th write (from 1), which is carried out; or, not `done`, is not.
 
         Returns:
             Whether there was such a write; otherwise the manager has done all that it should.
         """
-        hit = self.proxy.inject(NoAnswer(done=done), method=method, path=WRITES, skip=write - 1)
+        hit = self.proxy.inject(NoAnswer(done=done), method=WRITING, path=WRITES, skip=write - 1)
         async with anyio.create_task_group() as tasks:
 
             async def live() -> None:
@@ -93,8 +96,8 @@ class Faulty(Cluster):
 
 
 @asynccontextmanager
-async def faulty(plane: ControlPlane, *, nodes: int = 3) -> AsyncIterator[Faulty]:
-    """A namespace of its own, with nodes and a proxy of its own; its managers are impatient."""
+async def faulty(plane: ControlPlane, *, nodes: int = 3, leases: bool = True) -> AsyncIterator[Faulty]:
+    """A namespace of its own, with nodes and a proxy of its own; its managers are impatient, and lead by a lease."""
     async with AsyncExitStack() as stack:
         kubelet = await stack.enter_async_context(
             FakeKubelet(plane.access, KubeletOptions(nodes=nodes, lease_period=2.0))
@@ -107,8 +110,12 @@ async def faulty(plane: ControlPlane, *, nodes: int = 3) -> AsyncIterator[Faulty
             Connection(KubeConfig(config), qps=500, burst=500, timeout=10, connect_timeout=2, read_timeout=3)
         )
         pods = await stack.enter_async_context(ledger(plane, namespace))
+        there = Faulty(Cluster(plane, kubelet, namespace, connection), proxy, pods)
+        if leases:
+            to_leases = await stack.enter_async_context(Connection(KubeConfig(config)))
+            there.leases = KubernetesLeases(to_leases, namespace)
         try:
-            yield Faulty(Cluster(plane, kubelet, namespace, connection), proxy, pods)
+            yield there
         finally:  # its next pods would settle on the next test's nodes
             with anyio.CancelScope(shield=True), anyio.move_on_after(10):
                 await plane.api.delete(f"/apis/apps/v1/namespaces/{namespace}/deployments")
@@ -119,14 +126,23 @@ def on(
     test: Callable[[Faulty], Awaitable[None]],
     *,
     nodes: int = 3,
+    leases: bool = True,
     like: Callable[[Faulty], Awaitable[None]] | None = None,
 ) -> None:
-    """Run a test in a namespace of its own, within three minutes; `like` is the story that it should end as."""
+    """Run a test in a namespace of its own, within five minutes.
+
+    Args:
+        plane: Where.
+        test: What.
+        nodes: How many fake nodes there are.
+        leases: Whether the fleet has a leader, whose writes are fenced, or a manager that believes it is alone.
+        like: The story that it should end as.
+    """
 
     async def run() -> None:
         wanted = None if like is None else await fault_free(plane, like)
-        with anyio.fail_after(180):
-            async with faulty(plane, nodes=nodes) as there:
+        with anyio.fail_after(300):
+            async with faulty(plane, nodes=nodes, leases=leases) as there:
                 there.wanted = wanted
                 await test(there)
 

@@ -7,7 +7,7 @@ import base64
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 
 from agentfleet.backends.kubernetes import Connection, KubeConfig
+from agentfleet.backends.kubernetes.connection import Query, Requests
 
 
 @dataclass
@@ -213,3 +214,29 @@ async def proxied(server: str) -> AsyncIterator[tuple[Proxy, str]]:
             writer.transport.abort()
         await asyncio.sleep(0)
         await listener.wait_closed()
+
+
+class Interrupted(Requests):
+    """A connection during whose lists something happens: after so many pages of each list, for the first lists."""
+
+    def __init__(self, inner: Requests, happens: Callable[[], Awaitable[None]], *, pages: int, lists: int) -> None:
+        self._inner = inner
+        self._happens = happens
+        self._pages = pages
+        self.lists = lists
+        self._read = 0
+        self.asked = 0
+        """Pages asked for."""
+
+    async def request(self, method: str, path: str, *, query: Query | None = None, **more: Any) -> bytes:
+        self.asked += 1
+        self._read = self._read + 1 if query is not None and "continue" in query else 1
+        if self._read == self._pages + 1 and self.lists:
+            self.lists -= 1
+            await self._happens()
+        return await self._inner.request(method, path, query=query, **more)
+
+    def stream(
+        self, path: str, *, query: Query | None = None, silence: float
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        return self._inner.stream(path, query=query, silence=silence)

@@ -14,7 +14,7 @@ pytest.importorskip("kubernetes_asyncio")
 from tests.kube.test_backend import on, until
 from tests.kube.world import Cluster, spec
 
-from agentfleet import Conflict, Fleet, InstanceGone, MemoryJournal
+from agentfleet import Fleet, InstanceGone, MemoryJournal
 from agentfleet.backends.kubernetes import naming, singles
 from agentfleet.backends.kubernetes.errors import DisruptionBlocked
 from agentfleet.backends.kubernetes.objects import Annotations, Meta, Pod
@@ -182,8 +182,8 @@ def test_a_namesake_is_left_alone(plane: ControlPlane) -> None:
             namesake = msgspec.structs.replace(seen, metadata=msgspec.structs.replace(seen.metadata, uid=other))
             apart = Isolation(since=0.0, reason="why")
             calls: list[tuple[Callable[[], Awaitable[None]], type[Exception]]] = [
-                (lambda: singles.evict(there.connection, namesake, grace=1.0, minor=20), Conflict),
-                (lambda: singles.delete(there.connection, namesake, grace=1.0), Conflict),
+                (lambda: singles.evict(there.connection, namesake, grace=1.0, minor=20), InstanceGone),
+                (lambda: singles.delete(there.connection, namesake, grace=1.0), InstanceGone),
                 (lambda: singles.isolate(there.connection, namesake, SELECTOR, apart), InstanceGone),
             ]
             for call, error in calls:

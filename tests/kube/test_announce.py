@@ -217,6 +217,19 @@ def test_a_server_that_does_not_answer_costs_events_and_no_time(caplog: pytest.L
     assert "Events are being lost" in caplog.text
 
 
+def test_a_turn_that_comes_as_it_closes_ends_nothing_but_the_announcer() -> None:
+    """The second may be written after a second, which is when the last words are over."""
+
+    async def main() -> None:
+        announcer = Announcer(Server(), known, rate=(1.0, 1))
+        async with announcer:
+            for seq in range(3):
+                announcer.announce(event("fleet.deployed", replicas=seq, revision=1, seq=seq))
+        assert announcer.announced.written + announcer.announced.lost == 3
+
+    run_virtual(main)
+
+
 def test_what_fails_is_lost_and_counted_and_the_next_is_written() -> None:
     async def main() -> None:
         server = Server()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
@@ -19,15 +18,10 @@ from agentfleet.testing.kube.behaviour import Behaviour
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def plane(kube_assets: Path) -> Iterator[ControlPlane]:
-    """A control plane that waits for silent nodes as long as any other (40 s)."""
-    plane = ControlPlane(assets=kube_assets)
-    anyio.run(plane.start)
-    try:
-        yield plane
-    finally:
-        anyio.run(plane.stop)
+@pytest.fixture
+def plane(mortal_plane: ControlPlane) -> ControlPlane:
+    """The control plane that may be hurt."""
+    return mortal_plane
 
 
 def on(plane: ControlPlane, test: Callable[[Cluster], Awaitable[None]], *, nodes: int = 3) -> None:
@@ -197,7 +191,7 @@ def test_the_next_manager_takes_over_without_a_twitch(plane: ControlPlane) -> No
     on(plane, test)
 
 
-def test_the_api_server_is_killed_in_the_middle_of_a_rollout(kube_assets: Path) -> None:
+def test_the_api_server_is_killed_in_the_middle_of_a_rollout(plane: ControlPlane) -> None:
     """Kill -9 and a restart ten seconds later: the rollout goes on to its end."""
 
     async def test(there: Cluster) -> None:
@@ -214,9 +208,4 @@ def test_the_api_server_is_killed_in_the_middle_of_a_rollout(kube_assets: Path) 
                 lambda: {instance.version for instance in fleet.instances} == {"2"} and fleet.status()["good"] == 10, 90
             )
 
-    plane = ControlPlane(assets=kube_assets)  # one of its own: what is started again is not what was there before
-    anyio.run(plane.start)
-    try:
-        on(plane, test)
-    finally:
-        anyio.run(plane.stop)
+    on(plane, test)

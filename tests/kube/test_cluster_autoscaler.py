@@ -13,7 +13,7 @@ pytest.importorskip("kubernetes_asyncio")
 from tests.kube.test_backend import on, until
 from tests.kube.world import Cluster, spec
 
-from agentfleet import FleetSpec, OperationRefused, ScalingPolicy
+from agentfleet import Fleet, FleetSpec, OperationRefused, QueueTarget, ScalingPolicy
 from agentfleet.backends.base import AUTOSCALER, Ordered
 from agentfleet.backends.kubernetes.objects import Deployment
 from agentfleet.backends.kubernetes.pods import SOMEBODY, Written, ordered_of
@@ -211,5 +211,38 @@ def test_the_real_autoscaler_keeps_the_policys_bounds(plane: ControlPlane) -> No
             await fleet.ready(timeout=60)
             assert there.events("fleet.scaled")[0].reasons[0]["code"] == "scaling.cluster"
             assert not there.events("fleet.foreign_change")
+
+    on(plane, test)
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_an_autoscaler_that_nobody_told_of_is_not_fought_over_for_ever(plane: ControlPlane) -> None:
+    """Scenario 23: ours wants 4, somebody's HPA wants 2; after a few rounds ours holds still and says why."""
+    policy = ScalingPolicy(min_replicas=1, max_replicas=6, targets=(QueueTarget(length=5),), period=1.0)
+
+    async def test(there: Cluster) -> None:
+        scale = Scale(there)
+        async with Fleet(
+            spec(2, scaling=policy),
+            backend=there.backend,
+            journal=there.journal,
+            metrics={"queue": lambda: 20.0},
+        ) as fleet:
+            await fleet.deploy(timeout=60)
+            while not there.events("scaling.contested"):
+                with anyio.fail_after(30):
+                    while await scale.get() != 4:  # noqa: ASYNC110 - told, and not only decided
+                        await anyio.sleep(0.1)
+                await scale.set(2)
+                await until(lambda: fleet.status()["desired"] == 2)
+            deployment = await there.plane.api.get(scale.path)
+            await anyio.sleep(5)
+            assert (await there.plane.api.get(scale.path))["metadata"]["generation"] == (
+                deployment["metadata"]["generation"]
+            ), "nobody writes against anybody"
+            assert fleet.status()["desired"] == 2
+            assert len(there.events("scaling.contested")) == 1
+            assert len(there.events("fleet.foreign_change")) == 4
 
     on(plane, test)

@@ -27,6 +27,7 @@ from agentfleet.backends.kubernetes import (
     KubeConfig,
     NotFound,
     Overloaded,
+    Replaced,
     Unauthenticated,
     Unreachable,
     credentials,
@@ -60,12 +61,20 @@ def status(code: int, reason: str = "", message: str = "no", **details: Any) -> 
     }
 
 
+OTHER_UID = "Precondition failed: UID in precondition: a, UID in object meta: b"
+OTHER_UID_OF_A_POD = "the UID in the precondition (a) does not match the UID in record (b)"
+OTHER_VERSION = "Precondition failed: ResourceVersion in precondition: 1, ResourceVersion in object meta: 2"
+
+
 @pytest.mark.parametrize(
     ("code", "body", "expected", "parent"),
     [
         (404, status(404, "NotFound"), NotFound, InstanceGone),
         (409, status(409, "AlreadyExists"), AlreadyExists, BackendRefused),
         (409, status(409, "Conflict"), Conflict, Conflict),
+        (409, status(409, "Conflict", message=OTHER_UID), Replaced, InstanceGone),
+        (409, status(409, "Conflict", message=OTHER_UID_OF_A_POD), Replaced, InstanceGone),
+        (409, status(409, "Conflict", message=OTHER_VERSION), Conflict, Conflict),
         (409, status(409, "Conflict", causes=[{"reason": "FieldManagerConflict", "field": ".spec.replicas"}]),
          FieldConflict, BackendRefused),
         (410, status(410, "Expired"), Expired, Conflict),

@@ -17,7 +17,7 @@ from agentfleet.testing.kube import ControlPlane, Reset
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-MOST_WRITES = 12
+MOST_WRITES = 40
 """More than any order of a fleet takes: the end of each loop below is that there is no such write."""
 
 
@@ -121,7 +121,7 @@ def test_a_deletion_that_ends_at_any_write_leaves_nothing(plane: ControlPlane) -
             async with there.fleet(configured()) as fleet:
                 await fleet.deploy(timeout=60)
             made = len(there.pods.created)
-            struck = await there.crash(configured(), delete, write=write, method="DELETE")
+            struck = await there.crash(configured(), delete, write=write)
             async with there.fleet(configured()) as fleet:
                 await fleet.delete(timeout=60)
             await gone(there)

@@ -9,11 +9,13 @@ import pytest
 
 pytest.importorskip("kubernetes_asyncio")
 
-from tests.kube.faulty import LEAST, SIZE, WRITES, Faulty, deployed, on, until
+from tests.kube.faulty import LEAST, SIZE, WRITES, WRITING, Faulty, deployed, on, until
 from tests.kube.oracle import comes_to
 from tests.kube.world import spec
 
 from agentfleet import Fleet, MemoryJournal, RolloutFailed, RolloutPolicy
+from agentfleet.errors import DeadlineExceeded
+from agentfleet.signals.http import HttpClient, Response
 from agentfleet.testing.kube import (
     ControlPlane,
     Fault,
@@ -61,7 +63,7 @@ def test_whatever_the_server_answers_the_upgrade_ends_once(plane: ControlPlane) 
             await fleet.deploy(timeout=60)
             there.pods.begin()
             for turn, fault in enumerate(ANSWERS, start=2):
-                hit = there.proxy.inject(fault, method="PATCH", path=WRITES, times=2)
+                hit = there.proxy.inject(fault, method=WRITING, path=WRITES, times=2)
                 await fleet.upgrade(str(turn), timeout=60)
                 await all_run(fleet, str(turn))
                 assert hit.hits == 2, fault
@@ -96,7 +98,7 @@ def test_a_server_that_refuses_everything_is_not_hammered(plane: ControlPlane) -
         async with there.fleet(spec(SIZE)) as fleet:
             await fleet.deploy(timeout=60)
             there.proxy.forget_requests()
-            trouble = there.proxy.inject(status_answer(500), method="PATCH", path=WRITES, times=None)
+            trouble = there.proxy.inject(status_answer(500), method=WRITING, path=WRITES, times=None)
             await fleet.upgrade("2", wait=False)
             await anyio.sleep(10)
             assert 1 <= trouble.hits <= 40
@@ -223,7 +225,7 @@ def test_two_managers_with_different_wishes_do_not_fight(plane: ControlPlane) ->
             assert there.events("fleet.foreign_change")
             assert len(there.pods.created) == SIZE + 2
 
-    on(plane, test)
+    on(plane, test, leases=False)
 
 
 def test_a_node_that_comes_back_with_its_old_pods_changes_nothing(plane: ControlPlane) -> None:
@@ -247,3 +249,31 @@ def test_a_node_that_comes_back_with_its_old_pods_changes_nothing(plane: Control
             assert len(there.pods.created) - SIZE <= len(old) + 1
 
     on(plane, test, nodes=4, like=deployed)
+
+
+def test_a_manager_that_reaches_no_agent_ends_hardly_any(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenario 29, the reverse: the API server is there and all pods are ready, but no agent answers this manager."""
+    cut, request = [False], HttpClient.request
+
+    async def asks(*arguments: Any, timeout: float, **options: Any) -> Response:
+        if cut[0]:
+            await anyio.sleep(timeout)
+            raise DeadlineExceeded("no answer")
+        return await request(*arguments, timeout=timeout, **options)
+
+    monkeypatch.setattr(HttpClient, "request", asks)
+
+    async def test(there: Faulty) -> None:
+        async with there.fleet(spec(SIZE)) as fleet:
+            await fleet.deploy(timeout=60)
+            there.pods.begin()
+            cut[0] = True
+            await until(lambda: bool(there.events("governor.frozen")))
+            await anyio.sleep(15)
+            assert len(there.pods.deleted) <= SIZE - LEAST, "at most the budget, before it is clear what is the matter"
+            assert there.pods.least >= LEAST
+            cut[0] = False
+            await fleet.ready(timeout=90)
+            await there.ends_as_without_faults(spare=SIZE - LEAST)
+
+    on(plane, test, like=deployed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,13 @@ pytest.importorskip("kubernetes_asyncio")
 
 from tests.kube.faulty import LEAST, SIZE, Faulty, deployed, impatient, on, resized, until, upgraded
 from tests.kube.oracle import EndState, comes_to
+from tests.kube.test_faults_operations import changed
 from tests.kube.world import spec
 
+from agentfleet.backends.kubernetes import backend, deploying
+from agentfleet.backends.kubernetes.connection import Requests
+from agentfleet.backends.kubernetes.sending import merge
+from agentfleet.backends.kubernetes.standing import Standing, standing
 from agentfleet.testing.kube import ControlPlane, drop_event
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -116,7 +122,118 @@ def test_a_manager_that_has_missed_another_ones_rollout_does_not_undo_it(plane: 
             await there.ends_as_without_faults()
             assert there.pods.least >= LEAST
 
-    on(plane, test, like=upgraded)
+    on(plane, test, leases=False, like=upgraded)
+
+
+def test_an_upgrade_waits_for_a_size_that_was_not_seen_yet(plane: ControlPlane) -> None:
+    """Scenarios 10, 23: somebody scales while the manager is blind; an upgrade does not undo that."""
+
+    async def test(there: Faulty) -> None:
+        async with there.fleet(spec(SIZE)) as fleet:
+            await fleet.deploy(timeout=60)
+            there.proxy.half_open()
+            await there.proxy.heal()  # what was open stays silent, new connections work
+            path = f"/apis/apps/v1/namespaces/{there.namespace}/deployments/agents/scale"
+            await plane.api.patch(f"{path}?fieldManager=kubectl", {"spec": {"replicas": SIZE + 3}})
+            await fleet.upgrade("2", wait=False)
+            await until(lambda: len(there.pods.good) == SIZE + 3)
+            await anyio.sleep(2)
+            there.proxy.cut()
+            await until(lambda: {each.version for each in fleet.instances} == {"2"}, 90)
+            await fleet.ready(timeout=60)
+            assert fleet.status()["desired"] == SIZE + 3
+            state = await there.outcome()
+            assert (state.end.sizes, state.end.ready) == ((SIZE + 3,), SIZE + 3)
+            assert '"agent:2"' in state.end.template
+
+    on(plane, test)
+
+
+@pytest.mark.parametrize("leases", [True, False])
+def test_a_size_that_is_set_between_the_look_and_the_write_is_not_undone(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, leases: bool
+) -> None:
+    """Scenarios 10, 23: an upgrade looks at the size, somebody scales, and only then the upgrade is written."""
+    scaled: list[int] = []
+
+    async def test(there: Faulty) -> None:
+        async def look(connection: Requests, namespace: str, fleet: str) -> Standing | None:
+            found = await standing(connection, namespace, fleet)
+            if armed and not scaled:
+                scaled.append(SIZE + 3)
+                path = f"/apis/apps/v1/namespaces/{there.namespace}/deployments/agents/scale"
+                await plane.api.patch(f"{path}?fieldManager=kubectl", {"spec": {"replicas": SIZE + 3}})
+            return found
+
+        armed = False
+        monkeypatch.setattr(backend, "standing", look)
+        async with there.fleet(spec(SIZE)) as fleet:
+            await fleet.deploy(timeout=60)
+            armed = True
+            await fleet.upgrade("2", timeout=90)
+            assert scaled
+            await until(lambda: {each.version for each in fleet.instances} == {"2"}, 90)
+            await fleet.ready(timeout=60)
+            assert fleet.status()["desired"] == SIZE + 3
+            state = await there.outcome()
+            assert (state.end.sizes, state.end.ready) == ((SIZE + 3,), SIZE + 3)
+            assert "Outdated" in {event.data["error"] for event in there.events("action.failed")}
+
+    on(plane, test, leases=leases)
+
+
+SOMEWHERE = {
+    "nodeAffinity": {
+        "preferredDuringSchedulingIgnoredDuringExecution": [
+            {"weight": 1, "preference": {"matchExpressions": [{"key": "moon", "operator": "Exists"}]}}
+        ]
+    }
+}
+
+
+@pytest.mark.parametrize("leases", [True, False])
+@pytest.mark.parametrize("moment", ["before", "between"])
+def test_a_size_that_is_set_while_an_affinity_is_taken_away_leaves_no_fleet_paused(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, leases: bool, moment: str
+) -> None:
+    """Scenarios 10, 23: it takes two writes, and somebody scales before them, or between them."""
+    struck: list[int] = []
+
+    async def test(there: Faulty) -> None:
+        async def strike() -> None:
+            if armed and not struck:
+                struck.append(SIZE + 3)
+                path = f"/apis/apps/v1/namespaces/{there.namespace}/deployments/agents/scale"
+                await plane.api.patch(f"{path}?fieldManager=kubectl", {"spec": {"replicas": SIZE + 3}})
+
+        async def clear(to: Requests, path: str, patch: Mapping[str, Any]) -> bytes:
+            if moment == "before":
+                await strike()
+            elif armed and not struck:  # what is put back is seen later than the half order, as when watches are slow
+                there.proxy.inject(drop_event(r'"type":"MODIFIED","object":\{"kind":"Deployment".*"moon"'))
+            answer = await merge(to, path, patch)
+            await strike()
+            return answer
+
+        armed, wanted = False, spec(SIZE)
+        monkeypatch.setattr(deploying, "merge", clear)
+        async with there.fleet(changed(wanted, affinity=SOMEWHERE)) as fleet:
+            await fleet.deploy(timeout=60)
+            there.pods.begin()
+            armed = True
+            await fleet.upgrade(kubernetes=wanted.template.kubernetes, timeout=90)
+            assert struck
+            await until(lambda: {each.revision for each in fleet.instances} == {2}, 90)
+            await fleet.ready(timeout=60)
+            assert fleet.status()["desired"] == SIZE + 3
+            state = await there.outcome()
+            assert (state.end.sizes, state.end.ready) == ((SIZE + 3,), SIZE + 3)
+            assert "affinity" not in state.end.template
+            assert "Outdated" in {event.data["error"] for event in there.events("action.failed")}
+            assert {event.data["what"] for event in there.events("fleet.foreign_change")} == {"scaled"}
+            assert len((await there.objects("replicasets"))["replicasets"]) == 2, "none of what was half said"
+
+    on(plane, test, leases=leases)
 
 
 def test_an_event_that_was_lost_is_made_up_for_by_the_next_list(

@@ -17,6 +17,7 @@ import pytest
 from tests.kube.informer_world import STREAM, Asked, Scripted, chunk, connect, scripted, whole, write_config
 
 from agentfleet.backends.kubernetes import PODS, Changed, Connection, Forbidden, Informer, Pod, Removed, Snapshot
+from agentfleet.backends.kubernetes.connection import Requests
 from agentfleet.errors import BackendUnavailable, DeadlineExceeded
 
 pytestmark = [pytest.mark.anyio, pytest.mark.integration]
@@ -272,3 +273,36 @@ async def test_an_error_of_the_body_is_raised_as_it_is(tmp_path: Path) -> None:
         async with informed(tmp_path, Story([listed(5)])) as (pods, _, __):
             await pods.wait_synced()
             pods.cache["nobody"]
+
+
+class Late(Requests):
+    """A server whose watch says something at the very moment at which nobody wants to hear it any more."""
+
+    def __init__(self) -> None:
+        self.word: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self.heard = False
+
+    async def request(self, method: str, path: str, **more: Any) -> bytes:
+        return b'{"metadata":{"resourceVersion":"1"},"items":[]}'
+
+    @asynccontextmanager
+    async def stream(self, path: str, **more: Any) -> AsyncIterator[AsyncIterator[bytes]]:
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b""
+            said = await self.word
+            self.heard = True
+            yield said
+            await anyio.sleep_forever()
+
+        yield pieces()
+
+
+async def test_what_the_server_says_while_an_informer_is_closed_is_no_error() -> None:
+    """A task is not cancelled before it has taken in what it has waited for."""
+    connection = Late()
+    async with Informer(connection, PODS) as pods:
+        await pods.wait_synced(5)
+        await anyio.wait_all_tasks_blocked()
+        connection.word.set_result(line("BOOKMARK", pod("", 2)))
+    assert connection.heard
+    assert pods.last_word.silence is None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from tests.kube.informer_world import proxied, write_config
+from tests.kube.informer_world import Interrupted, proxied, write_config
 
 from agentfleet.backends.kubernetes import (
     MERGE_PATCH,
@@ -26,6 +26,7 @@ from agentfleet.backends.kubernetes import (
     NotFound,
     Pod,
     Removed,
+    Replaced,
     Snapshot,
     Unauthenticated,
     Unreachable,
@@ -232,6 +233,76 @@ async def test_a_list_whose_continuation_is_compacted_away_begins_anew(
         assert len(pods.cache) == 7
 
 
+@pytest.mark.parametrize("lists", [1, 3])
+async def test_a_long_list_that_expires_in_its_middle_begins_anew_and_ends_complete(
+    plane: ControlPlane, connection: Connection, namespace: str, lists: int
+) -> None:
+    """What was on the pages before may be gone by then; each attempt costs its pages and no more, after a pause."""
+    async with anyio.create_task_group() as tasks:
+        for number in range(300):
+            tasks.start_soon(create, connection, namespace, f"p{number:03}")
+    turn = 0
+
+    async def happens() -> None:
+        nonlocal turn
+        turn += 1
+        await delete(connection, namespace, f"p{turn:03}")  # it was read
+        await delete(connection, namespace, f"p{turn + 10:03}")
+        await create(connection, namespace, f"p{turn + 10:03}")  # a namesake of one that was read
+        await create(connection, namespace, f"o{turn:03}")  # it would have been on the first page
+        await plane.compact()
+
+    cut = Interrupted(connection, happens, pages=5, lists=lists)
+    begun = anyio.current_time()
+    async with Informer(cut, PODS, namespace=namespace, page=20) as pods:
+        await pods.wait_synced()
+        took = anyio.current_time() - begun
+        assert len(pods.cache) == 300
+        assert marks(pods.cache) == await versions(connection, namespace)
+        assert (pods.metrics.lists, pods.metrics.expired, pods.metrics.failures) == (lists + 1, lists, 0)
+        assert cut.asked == lists * 6 + 15
+        assert took >= sum(0.1 * 2**attempt for attempt in range(lists)), "it waits longer each time"
+        late = await create(connection, namespace, "late")
+        await pods.wait_for(late.metadata.resource_version)  # and it watches from there
+        assert marks(pods.cache) == await versions(connection, namespace)
+
+
+async def test_a_later_list_that_expires_in_its_middle_takes_nothing_away(
+    plane: ControlPlane, connection: Connection, namespace: str
+) -> None:
+    """What half a list has not shown is still there; only what is gone is told to be."""
+    for number in range(20):
+        await create(connection, namespace, f"p{number:02}")
+
+    async def happens() -> None:
+        await delete(connection, namespace, "p00")
+        await plane.compact()
+
+    cut = Interrupted(connection, happens, pages=2, lists=0)
+    removed: list[str] = []
+    async with (
+        Informer(cut, PODS, namespace=namespace, page=4, relist_every=2) as pods,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def read() -> None:
+            async with aclosing(pods.events()) as events:
+                async for event in events:
+                    assert len(pods.cache) >= 19
+                    if isinstance(event, Removed):
+                        removed.append(event.object.metadata.name)
+
+        await pods.wait_synced()
+        tasks.start_soon(read)
+        cut.lists = 1
+        await until(lambda: pods.metrics.expired)
+        again = pods.metrics.lists
+        await until(lambda: pods.metrics.lists > again + 1)  # the one after it is complete
+        assert removed == ["p00"]
+        assert marks(pods.cache) == await versions(connection, namespace)
+        tasks.cancel_scope.cancel()
+
+
 async def test_an_outage_is_waited_out_and_then_all_is_true_again(
     plane: ControlPlane, connection: Connection, namespace: str
 ) -> None:
@@ -266,7 +337,7 @@ async def test_refusals_of_a_real_server(plane: ControlPlane, connection: Connec
     with pytest.raises(Conflict):
         stale = json.dumps({"metadata": {"resourceVersion": "1", "labels": {"a": "b"}}}).encode()
         await connection.request("PATCH", path, body=stale, content_type=MERGE_PATCH)
-    with pytest.raises(Conflict):
+    with pytest.raises(Replaced):
         other = json.dumps({"preconditions": {"uid": "another"}}).encode()
         await connection.request("DELETE", path, body=other)
     async with Connection(KubeConfig(plane.kubeconfig(plane.nobody))) as nobody:

@@ -238,6 +238,56 @@ async def test_sick_hung_and_unready_pods(world: World, nodes: FakeKubelet) -> N
         assert await ask(await seen(nodes, world.full(pod)), "/health") == 200
 
 
+def needing(*sources: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Fields of a pod with a container that has a variable of each source, and one that just runs."""
+    env = [{"name": f"V{index}", "valueFrom": source} for index, source in enumerate(sources)]
+    agent = {"name": "agent", "image": "agent:1", "env": env, **more}
+    return {"containers": [agent, {"name": "beside", "image": "beside:1"}]}
+
+
+async def test_a_container_waits_for_the_secret_that_its_variables_come_from(world: World) -> None:
+    """Looked up at the API server: missing, there without the key, there; what is optional is not waited for."""
+    api, base = world.plane.api, f"/api/v1/namespaces/{world.namespace}"
+    key = {"secretKeyRef": {"name": "login", "key": "password"}}
+    optional = {"configMapKeyRef": {"name": "nobody", "key": "nothing", "optional": True}}
+    await world.deploy(1, wait=False, **needing(key, optional, envFrom=[{"configMapRef": {"name": "words"}}]))
+    await api.wait(world.pods, lambda pods: len(pods["items"]) == 1)
+    (pod,) = await world.named()
+
+    def waits(message: str) -> Any:
+        told = {"reason": "CreateContainerConfigError", "message": message}
+        return lambda pod: container(pod).get("state", {}).get("waiting") == told
+
+    shown = await world.until(pod, waits('configmap "words" not found'))
+    assert (shown["status"]["phase"], condition(shown, "Ready")["status"]) == ("Pending", "False")
+    assert shown["status"]["containerStatuses"][1]["state"] == {"waiting": {"reason": "ContainerCreating"}}
+    await api.post(f"{base}/configmaps", {"metadata": {"name": "words"}})
+    await world.until(pod, waits('secret "login" not found'))
+    await api.post(f"{base}/secrets", {"metadata": {"name": "login"}})
+    await world.until(pod, waits(f"couldn't find key password in Secret {world.namespace}/login"))
+    await api.patch(f"{base}/secrets/login", {"stringData": {"password": "x"}})
+    shown = await world.until(pod, lambda pod: condition(pod, "Ready")["status"] == "True")
+    assert container(shown)["restartCount"] == 0
+    events = await api.get(f"{base}/events?fieldSelector=involvedObject.name={pod},reason=Failed")
+    assert 'Error: secret "login" not found' in {each["message"] for each in events["items"]}
+
+
+async def test_a_container_that_restarts_needs_its_secret_anew(world: World, nodes: FakeKubelet) -> None:
+    api, secrets = world.plane.api, f"/api/v1/namespaces/{world.namespace}/secrets"
+    await api.post(secrets, {"metadata": {"name": "login"}, "stringData": {"password": "x"}})
+    await world.deploy(2, **needing({"secretKeyRef": {"name": "login", "key": "password"}}))
+    crashed, deleted = await world.named()
+    await api.delete(f"{secrets}/login")
+    await nodes.crash(world.full(crashed), world.full(deleted))
+    for pod in (crashed, deleted):
+        shown = await world.until(pod, lambda pod: "CreateContainerConfigError" in str(container(pod)["state"]))
+        assert container(shown)["lastState"]["terminated"]["exitCode"] == 1
+    await api.delete(f"{world.pods}/{deleted}")
+    await world.until(deleted, lambda pod: pod is None)
+    await api.post(secrets, {"metadata": {"name": "login"}, "stringData": {"password": "x"}})
+    await world.until(crashed, lambda pod: condition(pod, "Ready")["status"] == "True")
+
+
 # ------------------------------------------------------------------------------------------------ nodes fail
 
 
@@ -274,22 +324,21 @@ async def test_a_silent_node_answers_nothing(world: World, nodes: FakeKubelet) -
     assert await ask(pod, "/health") == 200
 
 
-async def test_nodes_outlive_their_api_server(kube_assets: object) -> None:
-    async with ControlPlane() as plane:
-        namespace = await plane.namespace()
-        path = f"/apis/apps/v1/namespaces/{namespace}/deployments"
-        async with FakeKubelet(plane.access, KubeletOptions(nodes=3)) as nodes:
-            await plane.api.post(path, deployment("agents", 5))
-            await plane.api.wait(f"{path}/agents", ready(5), timeout=60)
-            await plane.restart_apiserver()
-            await plane.api.patch(f"{path}/agents/scale", {"spec": {"replicas": 7}})
-            await plane.api.wait(f"{path}/agents", ready(7), timeout=60)
-            await plane.compact(forget=True)
-            await plane.api.patch(f"{path}/agents/scale", {"spec": {"replicas": 2}})
-            await plane.api.wait(
-                f"/api/v1/namespaces/{namespace}/pods", lambda pods: len(pods["items"]) == 2, timeout=60
-            )
-            assert len(await nodes.pods()) == 2
+async def test_nodes_outlive_their_api_server(mortal_plane: ControlPlane) -> None:
+    plane = mortal_plane
+    namespace = await plane.namespace()
+    path = f"/apis/apps/v1/namespaces/{namespace}/deployments"
+    async with FakeKubelet(plane.access, KubeletOptions(nodes=3)) as nodes:
+        await plane.api.post(path, deployment("agents", 5))
+        await plane.api.wait(f"{path}/agents", ready(5), timeout=60)
+        await plane.restart_apiserver()
+        await plane.api.patch(f"{path}/agents/scale", {"spec": {"replicas": 7}})
+        await plane.api.wait(f"{path}/agents", ready(7), timeout=60)
+        await plane.compact(forget=True)
+        await plane.api.patch(f"{path}/agents/scale", {"spec": {"replicas": 2}})
+        await plane.api.wait(f"/api/v1/namespaces/{namespace}/pods", lambda pods: len(pods["items"]) == 2, timeout=60)
+        assert len(await nodes.pods()) == 2
+        await plane.api.delete(path)  # or its pods come back on the next test's nodes
 
 
 async def test_whoever_may_not_create_nodes_is_told_so(plane: ControlPlane) -> None:

@@ -19,7 +19,8 @@ from agentfleet.backends.kubernetes import Connection, KubeConfig, KubernetesBac
 from agentfleet.backends.kubernetes.guard import EPOCH, Guard
 from agentfleet.backends.kubernetes.lease import KubernetesLeases
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS
-from agentfleet.core.leadership import LeaseRecord, NoFence
+from agentfleet.core.fence import NoFence
+from agentfleet.core.leadership import LeaseRecord
 from agentfleet.errors import BackendUnavailable, Conflict
 from agentfleet.testing.kube import ControlPlane
 

@@ -29,7 +29,7 @@ from agentfleet.backends.kubernetes.lease import KubernetesLeases
 from agentfleet.core.leadership import LeasePolicy, LeaseRecord
 from agentfleet.errors import BackendError, Conflict, DeadlineExceeded, NotLeader
 from agentfleet.leadership import Leadership, Term
-from agentfleet.testing.kube import AssetsMissing, ControlPlane, find_assets
+from agentfleet.testing.kube import ControlPlane
 
 POLICY = LeasePolicy()
 MAPS = "/api/v1/namespaces/default/configmaps"
@@ -189,16 +189,10 @@ def make_register(plane: ControlPlane, name: str) -> None:
     anyio.run(make)
 
 
-@pytest.fixture(scope="module")
-def plane() -> Iterator[ControlPlane]:
-    try:
-        find_assets()
-    except AssetsMissing as error:
-        pytest.skip(f"NOT TESTED against a real API server: {error}")
-    plane = ControlPlane()
-    anyio.run(plane.start)
-    yield plane
-    anyio.run(plane.stop)
+@pytest.fixture
+def plane(mortal_plane: ControlPlane) -> ControlPlane:
+    """The control plane that may be hurt."""
+    return mortal_plane
 
 
 @pytest.fixture

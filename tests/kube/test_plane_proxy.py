@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -167,13 +166,13 @@ async def test_refused_connections_and_late_ones(any_proxy: FaultProxy) -> None:
     assert await through.get("/version")
 
 
-async def test_the_server_dies_behind_it(kube_assets: Path) -> None:
-    async with ControlPlane() as plane, FaultProxy(plane.access, plain=True) as proxy:
+async def test_the_server_dies_behind_it(mortal_plane: ControlPlane) -> None:
+    async with FaultProxy(mortal_plane.access, plain=True) as proxy:
         through = Client(proxy.access)
-        plane.kill_apiserver()
+        mortal_plane.kill_apiserver()
         with pytest.raises(BackendUnavailable):
             await through.get("/version")
-        await plane.restart_apiserver()
+        await mortal_plane.restart_apiserver()
         assert await through.get("/version")
 
 

@@ -11,6 +11,7 @@ from tests.kube.permissions import grant
 from agentfleet import AgentTemplate, Event, Fleet, FleetSpec, HealthPolicy, HttpCheck, MemoryJournal, RolloutPolicy
 from agentfleet.backends.kubernetes import Connection, KubeConfig, KubernetesBackend
 from agentfleet.kubespec import KubernetesOptions
+from agentfleet.stores.leases import LeaseStore
 from agentfleet.testing.kube import ControlPlane, FakeKubelet, KubeletOptions
 
 HEALTH = HealthPolicy(checks=(HttpCheck(path="/status", period=1.0, timeout=1.0, failures=3),))
@@ -41,11 +42,15 @@ class Cluster:
         self.connection = connection
         self.backend = KubernetesBackend(connection, namespace=namespace)
         self.journal = MemoryJournal()
+        self.leases: LeaseStore | None = None
+        """Where managers keep who leads; None, and they believe that they are alone."""
 
     @asynccontextmanager
     async def fleet(self, wanted: FleetSpec) -> AsyncIterator[Fleet]:
-        """A manager of a fleet."""
-        async with Fleet(wanted, backend=self.backend, journal=self.journal, seed=1) as fleet:
+        """A manager of a fleet, who leads."""
+        async with Fleet(wanted, backend=self.backend, journal=self.journal, leases=self.leases, seed=1) as fleet:
+            if self.leases is not None:
+                await fleet.leading(timeout=60)
             yield fleet
 
     def events(self, kind: str) -> list[Event]:

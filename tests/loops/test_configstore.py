@@ -261,10 +261,40 @@ async def test_bad_schemas_are_refused(schema: Any) -> None:
         ConfigStore().register("a", schema=schema)
 
 
-async def test_a_schema_fetches_nothing_from_elsewhere() -> None:
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "http://169.254.169.254/schema.json"},
+        {"$defs": {"a": {"properties": {"x": {"$ref": "#/$defs/missing"}}}}},
+        {"$schema": "http://json-schema.org/draft-07/schema#", "items": {"$ref": "#/definitions/missing"}},
+        {"$id": "urn:example:a", "anyOf": [{"$id": "urn:example:b", "$ref": "#/$defs/missing"}], "$defs": {}},
+        {"$ref": "#missing"},
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_found_at_once_and_fetched_from_nowhere(schema: Any) -> None:
     store = ConfigStore()
-    store.register("a", schema={"$ref": "http://169.254.169.254/schema.json"})
-    with pytest.raises(ConfigError, match=r"refers to .*169\.254.* inline it"):
+    with pytest.raises(SpecError, match=r"refers to .*(169\.254|missing).* inline it"):
+        store.register("a", schema=schema)
+
+
+async def test_references_are_followed_where_they_stand() -> None:
+    store = ConfigStore()
+    tree = {
+        "$id": "urn:example:tree",
+        "$defs": {"node": {"$id": "node", "$defs": {"n": {"maximum": 1}}, "items": {"$ref": "#/$defs/n"}}},
+        "properties": {"top": {"$ref": "node"}, "meta": {"$ref": "https://json-schema.org/draft/2020-12/schema"}},
+        "const": {"$ref": "#/nowhere", "top": [1], "meta": {}},
+    }
+    store.register("a", schema=tree)
+    await store.put("a", tree["const"], **WHY)
+    with pytest.raises(ConfigInvalid, match="top"):
+        await store.put("a", {"$ref": "#/nowhere", "top": [2], "meta": {}}, **WHY)
+
+
+async def test_a_dynamic_reference_that_leads_nowhere_is_an_error_of_the_schema() -> None:
+    store = ConfigStore()
+    store.register("a", schema={"$dynamicRef": "#missing"})
+    with pytest.raises(ConfigError, match=r"refers to .*missing.* inline it"):
         await store.put("a", {}, **WHY)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,52 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentfleet.errors import JournalError
+from agentfleet.errors import JournalError, NotLeader
 from agentfleet.events import Event
 from agentfleet.stores.journal import Journal
 from agentfleet.stores.jsonl_journal import JsonlJournal
 from agentfleet.stores.lines import encode
 from agentfleet.stores.memory_journal import MemoryJournal
 
-AnyJournal = MemoryJournal | JsonlJournal
-PORTS: list[type[Journal]] = [MemoryJournal, JsonlJournal]  # mypy checks that both are journals
+pytest.importorskip("sqlalchemy")
+
+from sqlalchemy.exc import OperationalError
+
+from agentfleet.stores.sql import SqlJournal
+from agentfleet.testing.postgres import Postgres
+
+AnyJournal = MemoryJournal | JsonlJournal | SqlJournal
+PORTS: list[type[Journal]] = [MemoryJournal, JsonlJournal, SqlJournal]  # mypy checks that all are journals
 
 
-@pytest.fixture(params=["memory", "jsonl", "jsonl-fsync"])
+def address(request: pytest.FixtureRequest, folder: Path) -> str:
+    """Of a fresh database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{folder / 'journal.db'}"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.database(like=request.getfixturevalue("prepared"))
+
+
+@pytest.fixture(params=["memory", "jsonl", "jsonl-fsync", "sqlite", "postgres"])
 def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     if request.param == "memory":
         yield MemoryJournal()
+    elif request.param in ("sqlite", "postgres"):
+        with SqlJournal(address(request, tmp_path)) as made:
+            yield made
     else:
         with JsonlJournal(tmp_path / "journal.jsonl", fsync=request.param == "jsonl-fsync") as made:
             yield made
 
 
-@pytest.fixture(params=["memory", "jsonl"])
+@pytest.fixture(params=["memory", "jsonl", "sqlite", "postgres"])
 def small(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """A journal that trims within a few hundred events."""
     if request.param == "memory":
         yield MemoryJournal(limit=20)
+    elif request.param in ("sqlite", "postgres"):
+        with SqlJournal(address(request, tmp_path), limit=20) as made:
+            yield made
     else:
         with JsonlJournal(tmp_path / "journal.jsonl", limit_bytes=4096) as made:
             yield made
@@ -76,6 +98,26 @@ def test_last_state_is_the_newest_of_each_fleet_and_kind(journal: AnyJournal) ->
     assert journal.last_state("a", "stateful") is None
 
 
+@pytest.mark.parametrize("journal", ["memory", "sqlite", "postgres"], indirect=True)
+def test_a_deposed_leader_tells_nothing_more(journal: AnyJournal) -> None:
+    led = [replace(event(number, kind="state.fleet"), epoch=epoch) for number, epoch in enumerate((3, 3, 5))]
+    assert [journal.append(each).epoch for each in led] == [3, 3, 5]
+    with pytest.raises(NotLeader, match="epoch 5"):
+        journal.append(replace(event(9, kind="state.fleet"), epoch=4))
+    journal.append(event(10))  # which nobody tells as a leader
+    journal.append(replace(event(11, "b"), epoch=1))  # another fleet has another leader
+    assert [(each.fleet, each.epoch, each.seq) for each in journal.read()] == [
+        ("a", 3, 1),
+        ("a", 3, 2),
+        ("a", 5, 3),
+        ("a", 0, 4),
+        ("b", 1, 5),
+    ]
+    last = journal.last_state("a", "state.fleet")
+    assert last is not None
+    assert last.epoch == 5
+
+
 def test_states_outlive_the_trimmed_history(small: AnyJournal) -> None:
     old = small.append(event(1, "a", "state.fleet"))
     small.append(event(1, "b", "state.scaling"))
@@ -90,6 +132,52 @@ def test_states_outlive_the_trimmed_history(small: AnyJournal) -> None:
     assert 10 < len(kept) < 100
     assert small.read(after=1)[0] == newer
     assert small.read(after=502) == kept[-1:]
+
+
+@pytest.mark.parametrize("small", ["sqlite", "postgres"], indirect=True)
+def test_an_event_is_recorded_also_if_the_oldest_cannot_be_dropped(
+    small: SqlJournal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever is told that it was not may record it twice, or stop acting."""
+    calls = small._call
+
+    def failing(work: Any) -> Any:
+        if "trim" in str(work):
+            raise OperationalError("DELETE", {}, Exception("canceling statement due to statement timeout"))
+        return calls(work)
+
+    monkeypatch.setattr(small, "_call", failing)
+    for number in range(1, 61):
+        assert small.append(event(number)).seq == small.newest == number
+    assert len(small.read()) == 60
+    assert "cannot be trimmed: canceling statement" in caplog.text
+    monkeypatch.undo()
+    for number in range(61, 71):
+        small.append(event(number))
+    assert len(small.read()) < 30
+
+
+@pytest.mark.parametrize("database_url", ["sqlite", "postgres"], indirect=True)
+def test_a_long_history_that_gets_a_limit_is_dropped_by_and_by(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never so much at once that the event loop, which waits for it, stands still; by several processes, too."""
+    monkeypatch.setattr("agentfleet.stores.sql.journal._TOGETHER", 10)
+    monkeypatch.setattr("agentfleet.stores.sql.journal._OFTEN", 2)
+    with SqlJournal(database_url) as unlimited:
+        state = unlimited.append(event(0, kind="state.fleet"))
+        for number in range(100):
+            unlimited.append(event(number))
+    before = 101
+    with SqlJournal(database_url, limit=20) as one, SqlJournal(database_url, limit=20) as two:
+        for number in range(60):
+            (one, two)[number // 2 % 2].append(event(number))
+            kept = len(one.read()) - 1  # the state outlives it all
+            assert kept >= before - 10
+            before = kept
+        assert 20 <= kept <= 30
+        assert two.last_state("a", "state.fleet") == state
+        assert [each.seq for each in one.read()][1:] == list(range(162 - kept, 162))
 
 
 def test_later_changes_change_nothing_recorded(journal: AnyJournal) -> None:
@@ -177,6 +265,16 @@ def test_a_line_is_what_the_event_itself_writes(found: Event, seq: int) -> None:
 @given(events=st.lists(EVENTS, max_size=30))
 def test_both_journals_agree(events: list[Event], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("agree") / "j"
+    memory = MemoryJournal()
+    with SqlJournal(f"sqlite:///{path}.db") as sql:
+        for item in events:
+            sql.append(item)
+            memory.append(item)
+    with SqlJournal(f"sqlite:///{path}.db") as sql:
+        assert sql.read() == memory.read()
+        for item in events:
+            assert sql.read(fleet=item.fleet, after=2) == memory.read(fleet=item.fleet, after=2)
+            assert sql.last_state(item.fleet, item.kind) == memory.last_state(item.fleet, item.kind)
     memory = MemoryJournal()
     with JsonlJournal(path) as jsonl:
         for item in events:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from agentfleet.agent.config import Configuration
+from agentfleet.agent.config import Configuration, Intake
 from agentfleet.agent.ledger import Ledger, Refused, Run
 from agentfleet.agent.settings import Settings
 from agentfleet.agent.task import Task
@@ -31,9 +30,6 @@ _PROTECTED = ("/tasks", "/config")
 _RETRY = {"Retry-After": "1"}
 _P = "agentfleet_agent_"
 
-Apply = Callable[[int, Mapping[str, Any]], Awaitable[str | None]]
-"""Has the user's loop accept a document: None, or why it refuses. Raises TimeoutError when it does not say."""
-
 
 def encode(value: object) -> bytes:
     """JSON bytes, pure ASCII. NaN and infinity are no JSON and raise ValueError."""
@@ -46,7 +42,7 @@ def describe(status: int, message: str, **more: Any) -> Answer:
 
 
 class Api:
-    """Answers requests from the ledger, the vitals and the configuration."""
+    """Answers requests from the ledger, the vitals and the configuration, and takes new ones in."""
 
     def __init__(
         self,
@@ -55,15 +51,14 @@ class Api:
         vitals: Vitals,
         config: Configuration,
         *,
-        apply: Apply,
+        intake: Intake,
         max_waiters: int,
     ) -> None:
         self._settings = settings
         self._ledger = ledger
         self._vitals = vitals
         self._config = config
-        self._apply = apply
-        self._config_lock = asyncio.Lock()
+        self._intake = intake
         self._waiters = 0
         self._max_waiters = max_waiters
         self._credential = f"Bearer {settings.token}".encode("utf-8", "surrogateescape") if settings.token else None
@@ -193,20 +188,10 @@ class Api:
         proposal = _parse_config(body)
         if isinstance(proposal, str):
             return describe(422, proposal, revision=self._config.revision)
-        revision, document = proposal
-        async with self._config_lock:  # one at a time, or an older one could overtake a newer one in its callback
-            present = self._config.revision
-            if revision < present or (revision == present and document != self._config.document):
-                return describe(409, f"revision {present} is in force; {revision} is not newer", revision=present)
-            if revision > present:
-                try:
-                    refusal = await self._apply(revision, document)
-                except TimeoutError:
-                    limit = self._settings.config_timeout
-                    return describe(504, f"on_config did not return within {limit:g} s", revision=present)
-                if refusal is not None:
-                    return describe(422, refusal, revision=present)
-        return Answer(200, encode({"revision": revision}))
+        status, why = await self._intake.offer(*proposal)
+        if status != 200:
+            return describe(status, why, revision=self._config.revision)
+        return Answer(200, encode({"revision": proposal[0]}))
 
 
 def _load(body: bytes) -> dict[str, Any] | str:

@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from agentfleet.agent.api import Api, describe
-from agentfleet.agent.config import Configuration
+from agentfleet.agent.config import Configuration, Intake
+from agentfleet.agent.kept import KeptConfig
 from agentfleet.agent.ledger import Ledger, Run
 from agentfleet.agent.server import Server, address_of, listen
 from agentfleet.agent.settings import Settings
 from agentfleet.agent.vitals import BEAT, Vitals
 from agentfleet.agent.worker import Worker
+from agentfleet.errors import SpecError
 
 _SPARE = 128
 """Connections beyond those that wait for tasks: probes must always get through."""
@@ -38,6 +40,7 @@ class Service:
 
     Raises:
         OperationRefused: The address cannot be had.
+        SpecError: The settings name a place for the configuration, and not whose it is.
     """
 
     def __init__(
@@ -51,6 +54,12 @@ class Service:
         queue: int,
         force: bool,
     ) -> None:
+        if settings.config_url is not None:
+            if settings.instance is None:
+                raise SpecError("AGENTFLEET_CONFIG_URL is set and AGENTFLEET_INSTANCE is not: say who asks")
+            from agentfleet.agent.fetch import Target  # noqa: PLC0415  only agents that subscribe pay for it
+
+            Target.of(settings.config_url)
         self._settings = settings
         self._worker = worker
         self._vitals = vitals
@@ -68,14 +77,20 @@ class Service:
         waiters = max(256, 2 * (concurrency + queue))
         self._server = Server(settings, sock, describe=describe, max_connections=waiters + _SPARE)
         self._ledger = Ledger(self._server.loop, concurrency, queue, self._start)
-        self._server.api = Api(settings, self._ledger, vitals, config, apply=self._apply, max_waiters=waiters)
+        path = settings.config_file
+        kept = None if path is None else KeptConfig(path, settings.instance)
+        self._intake = Intake(config, self._apply, kept=kept, warn=_write)
+        self._server.api = Api(settings, self._ledger, vitals, config, intake=self._intake, max_waiters=waiters)
+        self._configuring: asyncio.Task[None] | None = None
         self._drain_task: asyncio.Task[None] | None = None
         self._deadline: asyncio.Timeout | None = None
         self._hurried = False
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Begin to serve, and to fetch the configuration."""
         self._server.start()
+        if self._settings.config_url is not None or self._settings.config_file is not None:
+            self._server.post(self._begin_configuring)
 
     def drain(self, *, hurry: bool = False) -> None:
         """Begin to end, from any thread or signal handler: tasks may finish, unless there is a `hurry`. Repeatable."""
@@ -114,6 +129,34 @@ class Service:
         accepting = asyncio.run_coroutine_threadsafe(self._accept(revision, document), self._loop)
         async with asyncio.timeout(self._settings.config_timeout):
             return await asyncio.wrap_future(accepting)
+
+    def _begin_configuring(self) -> None:
+        self._configuring = self._server.loop.create_task(self._configure())
+
+    async def _configure(self) -> None:
+        """Fetch the configuration; what is kept of an earlier one is used when nobody answers soon, or can be asked."""
+        settings = self._settings
+        if settings.config_url is None:
+            await self._intake.recall()
+            return
+        from agentfleet.agent.subscribe import Subscription  # noqa: PLC0415  only agents that subscribe pay for it
+
+        subscription = Subscription(
+            settings.config_url,
+            settings.instance or "",
+            offer=self._intake.offer,
+            running=lambda: self._config.revision,
+            token=settings.present_config_token,
+            poll=settings.config_poll,
+            warn=_write,
+        )
+        fetching = self._server.loop.create_task(subscription.run())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(settings.config_patience):
+                await subscription.heard.wait()
+        await self._intake.recall()  # does nothing if what is kept is not newer
+        subscription.note()
+        await fetching
 
     def _begin_drain(self, *, hurry: bool) -> None:
         self._hurried = self._hurried or hurry

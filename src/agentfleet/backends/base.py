@@ -23,7 +23,7 @@ There are two kinds. A `Backend` makes each instance that it is told to. A `Work
 should be, as a Kubernetes Deployment is, and keeps size and revision by itself; for it these clauses read otherwise:
 
 1. Ids are its own; an instance comes with `slot=NO_SLOT`. `apply` may be repeated: it says what should be, not what
-   to do.
+   to do. It raises `Outdated`, and changes nothing, where it would undo a size that its caller had not seen.
 2. `watch` also yields `Ordered`, at first and whenever it changes: what the engine has been told, and by whom.
 5. `restart` may end the instance and let another take its place.
 6. The engine fills the places of instances that are gone, and may restart by itself what has exited.
@@ -33,13 +33,14 @@ should be, as a Kubernetes Deployment is, and keeps size and revision by itself;
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
 from agentfleet.events import Event
 from agentfleet.instances import Instance, Isolation, Node, Usage
+from agentfleet.measures import Metric, Sample
 from agentfleet.specs import AgentTemplate, FleetSpec
 
 
@@ -88,6 +89,8 @@ class Ordered:
     """Whether there is nothing that could be told: the engine does not know the fleet, or not any more."""
     edit: Edit | None = None
     """What somebody else has put into the instances' template since we told it last; None: it is ours."""
+    trouble: str | None = field(default=None, compare=False)
+    """Why the engine makes no instances, in its own words; None while it does."""
 
 
 AUTOSCALER = "the cluster's autoscaler"
@@ -126,6 +129,9 @@ class Workload:
     """Whether any other instances may go as well: nothing is known of what they are busy with."""
     resting: int | None = None
     """The size to which a stopped fleet returns; None while it is not stopped."""
+    same_size: bool = field(default=False, compare=False)
+    """Whether this is not about the size: an engine that keeps another, on somebody else's word, refuses it with
+    `Outdated`."""
 
     @property
     def fleet(self) -> str:
@@ -225,3 +231,23 @@ class SizeKeeping(Protocol):
     def keeps_size(self, spec: FleetSpec) -> bool:
         """Whether the size of this fleet is the engine's to decide while the fleet runs."""
         ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An engine that counts what it does itself, and knows how well it sees."""
+
+    @property
+    def measures(self) -> Mapping[str, Metric]:
+        """What it may show, by name: counters, and gauges whose largest value is the worst. Always the same."""
+        ...
+
+    def samples(self) -> Iterable[Sample]:
+        """All of it as it is now; asked in any thread, also while the engine is not open."""
+        ...
+
+
+def own(backend: Engine, what: str) -> Any:
+    """The "prober" or "network" of a backend whose instances have no sockets (a simulation); None of any other."""
+    make = getattr(backend, what, None)
+    return make() if make is not None else None

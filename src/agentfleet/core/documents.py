@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 _PLAIN = re.compile(r"[\w-]+", re.ASCII)
 _MOST = 20
+WHOLE = "(the whole)"
+"""Where something is that no part of a document has alone."""
 
 Place = tuple[str | int, ...]
 
@@ -37,8 +39,12 @@ class Change:
 
 def write_path(place: Sequence[str | int]) -> str:
     """Where something is in a document: "tools.0.name"; keys that are no plain words are quoted."""
-    parts = (str(p) if isinstance(p, int) or _PLAIN.fullmatch(p) else json.dumps(p[:80]) for p in place)
-    return ".".join(parts) or "(the whole)"
+    parts = (str(p) if isinstance(p, int) or _PLAIN.fullmatch(p) else json.dumps(p) for p in map(_short, place))
+    return ".".join(parts) or WHOLE
+
+
+def _short(part: str | int) -> str | int:
+    return part if isinstance(part, int) else part[:80]
 
 
 def check(document: object, *, max_bytes: int, max_depth: int) -> tuple[str, tuple[Problem, ...]]:
@@ -53,14 +59,25 @@ def check(document: object, *, max_bytes: int, max_depth: int) -> tuple[str, tup
         if len(problems) == _MOST:
             break
     if walk.left < 0:  # the walk stopped there: what is left must not be written, however the budget ran out
-        problems.append(Problem("(the whole)", f"is more than {max_bytes} bytes of JSON"))
+        where = write_path(walk.at[:8])
+        problems.append(Problem(WHOLE, f"is more than {max_bytes} bytes of JSON; it gets too large at {where}"))
     if problems:
         return "", tuple(problems)
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     size = len(text.encode())
     if size > max_bytes:
-        return "", (Problem("(the whole)", f"is {size} bytes of JSON; keep it within {max_bytes}"),)
+        told = f"is {size} bytes of JSON; keep it within {max_bytes}; the largest part is {_largest(document)}"
+        return "", (Problem(WHOLE, told),)
     return text, ()
+
+
+def _largest(document: Any) -> str:
+    """Which part of a plain document takes most."""
+    parts = (
+        document.items() if isinstance(document, dict) else enumerate(document if isinstance(document, list) else ())
+    )
+    sizes = {key: len(json.dumps(part, ensure_ascii=False)) for key, part in parts}
+    return write_path((max(sizes, key=lambda key: sizes[key]),)) if sizes else "the text itself"
 
 
 class _Walk:
@@ -69,10 +86,13 @@ class _Walk:
     def __init__(self, max_bytes: int, max_depth: int) -> None:
         self.max_bytes, self.max_depth = max_bytes, max_depth
         self.left = max_bytes
+        self.at: Place = ()
+        """Where it is; once it has ended, where it has."""
 
     def visit(self, value: object, place: Place) -> Iterator[Problem]:
         # each value takes a byte of text at least, so one list repeated many times over cannot keep us long
         self.left -= 1
+        self.at = place
         if self.left < 0 or value is None or isinstance(value, bool):
             return
         elif isinstance(value, dict | list | tuple):

@@ -36,6 +36,7 @@ class Cause(StrEnum):
     RECOVERY = "recovery"
     ROLLOUT = "rollout"
     SCALING = "scaling"
+    CONFIG = "config"
 
 
 _RANK = {cause: rank for rank, cause in enumerate(Cause)}
@@ -51,6 +52,9 @@ class Disruption:
     """Whether work is sent to it now, so that taking it costs capacity."""
     surplus: bool = False
     """Whether nobody will fill its place: a scale-down, or an old revision that is being retired."""
+    risk: bool = False
+    """Whether it stays in service and may only fall out of it, as one that is given a configuration on trial: it counts
+    for as long as the caller counts it as under way, and enters no book."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class GovernorObserved:
     sick: int
     """Unhealthy or dead."""
     under_way: int = 0
-    """Disruptions in the book; those that are over (see `surviving`) have left it."""
+    """Disruptions in the book, but for those that are over (see `surviving`), and instances at risk."""
     known: frozenset[int] = frozenset()
     """Which of the asked slots are in the book: disrupting them again costs nothing more."""
     asked: tuple[Disruption, ...] = ()
@@ -129,6 +133,7 @@ def decide(
     admitted: list[Disruption] = []
     held: list[tuple[Disruption, Reason]] = []
     begun: dict[int, Disruption] = {}
+    risks: set[int] = set()
     ended: set[int] = set()
     for request in sorted(observed.asked, key=lambda item: _RANK[item.cause]):
         slot = request.slot
@@ -138,9 +143,12 @@ def decide(
         elif refusal is None:
             known = slot in observed.known or slot in begun
             allowed = budget if request.cause is Cause.OPERATOR else limit
-            refusal = None if known else _over_budget(request, observed.under_way + len(begun), allowed, frozen_at)
+            under_way = observed.under_way + len(begun) + len(risks)
+            refusal = None if known else _over_budget(request, under_way, allowed, frozen_at)
             refusal = refusal or _below_floor(request, good, floor)
-            if refusal is None and not known:
+            if refusal is None and request.risk:
+                risks.add(slot)
+            elif refusal is None and not known:
                 begun[slot] = request
         if refusal is not None:
             held.append((request, refusal))
@@ -153,7 +161,7 @@ def decide(
         begun=tuple(request for slot, request in begun.items() if slot not in ended),
         ended=tuple(sorted(ended)),
         budget=budget,
-        in_flight=observed.under_way - len(ended & observed.known) + len(begun.keys() - ended),
+        in_flight=observed.under_way - len(ended & observed.known) + len(begun.keys() - ended) + len(risks),
         frozen=frozen_at is not None,
         reasons=brake,
         wake=_wake(policy, frozen_at, calm_since, now),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import anyio
 
+from agentfleet.egress import is_nobodys
 from agentfleet.errors import AgentFleetError, SpecError
 from agentfleet.signals.inbox import inbox
 
@@ -152,6 +153,17 @@ def _split(address: str) -> tuple[socket.AddressFamily | None, str, int]:
 
 
 async def _resolve(address: str) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
+    """Where to connect to; addresses that no agent can have are refused, whoever says that one is there (SSRF)."""
+    found = await _addresses(address)
+    wrong = next((target[0] for _, target in found if is_nobodys(target[0])), None)
+    if wrong is not None:
+        raise HttpError(
+            f"{address} is not asked: {wrong} is no agent's address, but this machine's or its cloud's", sent=False
+        )
+    return found
+
+
+async def _addresses(address: str) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
     family, host, port = _split(address)
     if family is not None:
         return [(family, (host, port))]

@@ -32,7 +32,16 @@ class Feed(Protocol):
         """Events up to this `seq` are gone, but for the last of each state."""
         ...
 
-    def batch(self, after: int, limit: int) -> Sequence[Event]:
+    @property
+    def newest(self) -> int:
+        """The `seq` of the newest event; 0 if there is none."""
+        ...
+
+    async def look(self) -> None:
+        """Have `newest` and `trimmed` be as they are now, whoever else appends."""
+        ...
+
+    async def batch(self, after: int, limit: int) -> Sequence[Event]:
         """Up to `limit` kept events with `seq > after`, oldest first."""
         ...
 
@@ -111,8 +120,9 @@ class Follower:
         if self._feed.closed:
             self._stopped = True
             return
+        found = await self._feed.batch(self._position, BATCH)
         self._check_trim()
-        self._batch.extend(self._feed.batch(self._position, BATCH))
+        self._batch.extend(found)
         if not self._batch:
             await self._feed.changed(self._position)
 

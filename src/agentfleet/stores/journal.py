@@ -3,6 +3,9 @@
 A journal also keeps, per fleet, the last event of each kind under `state.` ("state.fleet", "state.scaling", …): from
 these a restarted manager takes up where its predecessor fell, however far the history has been trimmed.
 
+A journal that several managers may write at the same time refuses what a deposed one still has to tell: once it holds
+an event of a fleet in a leader's epoch, one in an older epoch is `NotLeader`. Events without an epoch are anybody's.
+
 What comes back is what JSON keeps: tuples in `data` return as lists, and changing `data` after the append, or in an
 event that was read, changes nothing recorded.
 """
@@ -23,6 +26,7 @@ class Journal(Protocol):
 
         Raises:
             JournalError: The event could not be recorded.
+            NotLeader: A later leader has recorded events of this fleet already.
         """
         ...
 

@@ -101,7 +101,8 @@ class JsonlJournal:
     def read(self, *, fleet: str | None = None, after: int = 0) -> Sequence[Event]:
         """Kept events with `seq > after`, oldest first."""
         # the fleet's name is looked for in the bytes first: decoding is what costs
-        mark = b'"fleet":' + json.dumps(fleet).encode() if fleet is not None and fleet.isascii() else b""
+        plain = fleet is not None and fleet.isascii() and fleet.isprintable()  # what may be escaped in two ways is not
+        mark = b'"fleet":' + json.dumps(fleet).encode() if plain else b""
         events = [Event.from_json(line) for line in self._lines_after(after, None) if mark in line]
         return events if fleet is None else [event for event in events if event.fleet == fleet]
 
@@ -135,7 +136,15 @@ class JsonlJournal:
         """Events up to this `seq` are gone, but for the last of each state."""
         return self._trimmed
 
-    def batch(self, after: int, limit: int) -> list[Event]:
+    @property
+    def newest(self) -> int:
+        """The `seq` of the newest event; 0 if there is none."""
+        return self._last
+
+    async def look(self) -> None:
+        """Nothing to do: nobody else appends."""
+
+    async def batch(self, after: int, limit: int) -> list[Event]:
         """Up to `limit` kept events with `seq > after`, oldest first."""
         return [Event.from_json(line) for line in self._lines_after(after, limit)]
 

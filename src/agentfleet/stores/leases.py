@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.core.leadership import LeaseRecord
@@ -31,6 +31,15 @@ class LeaseStore(Protocol):
 
         Every accepted update makes a new version, also one that changes nothing else.
         """
+        ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A store that tells at once when a lease is given up, so that nobody has to find it by looking."""
+
+    async def given_up(self, name: str) -> None:
+        """Return when a lease was given up, or for no reason; never late on purpose. May be cancelled at any time."""
         ...
 
 

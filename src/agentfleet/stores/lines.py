@@ -30,6 +30,8 @@ def encode(event: Event, seq: int) -> bytes:
             record["data"] = dict(event.data)
         if event.reasons:
             record["reasons"] = [dict(reason) for reason in event.reasons]
+        if event.epoch:
+            record["epoch"] = event.epoch
         return _to_bytes(record)
     except (ValueError, TypeError, RecursionError) as error:
         raise JournalError(
@@ -39,7 +41,15 @@ def encode(event: Event, seq: int) -> bytes:
 
 def numbered(event: Event, seq: int) -> Event:
     """`event` with its `seq`; spelled out because `dataclasses.replace` takes twice as long."""
-    return Event(event.at, event.fleet, event.kind, event.instance, event.data, event.reasons, seq)
+    return Event(event.at, event.fleet, event.kind, event.instance, event.data, event.reasons, seq, event.epoch)
+
+
+def deposed(event: Event, latest: int) -> str:
+    """Why an event of an earlier epoch is refused."""
+    return (
+        f"{event.fleet}: epoch {latest} has begun, so {event.kind!r} of epoch {event.epoch} was not recorded; leave it "
+        "to the manager that leads now"
+    )
 
 
 def _to_bytes(record: dict[str, Any]) -> bytes:

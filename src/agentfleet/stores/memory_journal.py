@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 
-from agentfleet.errors import SpecError
+from agentfleet.errors import NotLeader, SpecError
 from agentfleet.events import Event
 from agentfleet.stores.following import BATCH, Bell, Follower
-from agentfleet.stores.lines import STATE, encode, numbered
+from agentfleet.stores.lines import STATE, deposed, encode, numbered
 
 
 class MemoryJournal:
@@ -25,7 +25,7 @@ class MemoryJournal:
         SpecError: `limit` is no positive whole number.
     """
 
-    __slots__ = ("_bell", "_last", "_limit", "_lines", "_states")
+    __slots__ = ("_bell", "_epochs", "_last", "_limit", "_lines", "_states")
 
     def __init__(self, *, limit: int | None = 100_000) -> None:
         if limit is not None and limit < 1:
@@ -34,12 +34,17 @@ class MemoryJournal:
         self._lines: deque[bytes] = deque()
         self._states: dict[tuple[str, str], tuple[int, bytes]] = {}
         self._last = 0
+        self._epochs: dict[str, int] = {}
         self._bell = Bell()
 
     def append(self, event: Event) -> Event:
-        """Record one event and return it with its `seq`; raises `JournalError` if it is not JSON-ready."""
+        """Record one event and return it with its `seq`; raises like the port."""
         seq = self._last + 1
         line = encode(event, seq)
+        if event.epoch:
+            if event.epoch < (latest := self._epochs.get(event.fleet, 0)):
+                raise NotLeader(deposed(event, latest))
+            self._epochs[event.fleet] = event.epoch
         self._last = seq
         self._lines.append(line)
         if self._limit is not None and len(self._lines) > self._limit:
@@ -51,7 +56,7 @@ class MemoryJournal:
 
     def read(self, *, fleet: str | None = None, after: int = 0) -> Sequence[Event]:
         """Kept events with `seq > after`, oldest first."""
-        events = self.batch(after, self._last)
+        events = self._kept(after, self._last)
         return [event for event in events if event.fleet == fleet] if fleet is not None else events
 
     def last_state(self, fleet: str, kind: str) -> Event | None:
@@ -73,8 +78,19 @@ class MemoryJournal:
         """Events up to this `seq` are gone, but for the last of each state."""
         return self._last - len(self._lines)
 
-    def batch(self, after: int, limit: int) -> list[Event]:
+    @property
+    def newest(self) -> int:
+        """The `seq` of the newest event; 0 if there is none."""
+        return self._last
+
+    async def look(self) -> None:
+        """Nothing to do: nobody else appends."""
+
+    async def batch(self, after: int, limit: int) -> list[Event]:
         """Up to `limit` kept events with `seq > after`, oldest first."""
+        return self._kept(after, limit)
+
+    def _kept(self, after: int, limit: int) -> list[Event]:
         trimmed = self.trimmed
         lines: list[bytes] = []
         if after < trimmed:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Invalid,
         NotFound,
         Overloaded,
+        Replaced,
         Unauthenticated,
         Unreachable,
     )
@@ -63,6 +64,7 @@ _HOMES = {
         "Invalid",
         "NotFound",
         "Overloaded",
+        "Replaced",
         "Unauthenticated",
         "Unreachable",
     ),
@@ -111,6 +113,7 @@ __all__ = [
     "Pod",
     "PodMetrics",
     "Removed",
+    "Replaced",
     "ReplicaSet",
     "Requests",
     "Resource",

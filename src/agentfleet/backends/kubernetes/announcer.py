@@ -24,7 +24,7 @@ from agentfleet.backends.kubernetes.connection import MERGE_PATCH, Requests
 from agentfleet.backends.kubernetes.errors import AlreadyExists, NotFound
 from agentfleet.backends.kubernetes.limits import TokenBucket
 from agentfleet.backends.kubernetes.notices import Notice, Regarding, body_of, message_about, notice_of, repeat_of
-from agentfleet.errors import BackendError, DeadlineExceeded
+from agentfleet.errors import AgentFleetError
 from agentfleet.events import Event
 
 _log = logging.getLogger("agentfleet.backends.kubernetes")
@@ -125,10 +125,10 @@ class Announcer:
             with anyio.move_on_after(_LAST_WORDS):
                 await self.idle()
         finally:  # also when the manager is cancelled meanwhile
+            await self._stack.__aexit__(None, None, None)
             if self._waiting:
                 self._lose("dropped", len(self._waiting))
                 self._waiting.clear()
-            await self._stack.__aexit__(None, None, None)
 
     async def idle(self) -> None:
         """Wait until nothing waits to be written."""
@@ -197,7 +197,7 @@ class Announcer:
                 notice, regarding = self._waiting[0]
                 try:
                     await self._write(notice, regarding)
-                except (BackendError, DeadlineExceeded) as error:  # an outage loses Events, and nothing else
+                except AgentFleetError as error:  # an outage or an unreadable token loses Events, and nothing else
                     self.announced = replace(self.announced, error=str(error))
                     self._lose("failed")
                 self._waiting.popleft()

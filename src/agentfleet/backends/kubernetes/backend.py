@@ -7,7 +7,7 @@ that was decided on, and tells what is seen. It decides nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -19,12 +19,13 @@ from agentfleet.backends.kubernetes import naming, singles
 from agentfleet.backends.kubernetes.announcer import Announced, Announcer
 from agentfleet.backends.kubernetes.apiversions import ApiVersions
 from agentfleet.backends.kubernetes.connection import Connection, Requests
-from agentfleet.backends.kubernetes.errors import NotFound
+from agentfleet.backends.kubernetes.deploying import deploy
 from agentfleet.backends.kubernetes.guard import Guard
-from agentfleet.backends.kubernetes.handover import hand_over, present_size
+from agentfleet.backends.kubernetes.handover import hand_over
 from agentfleet.backends.kubernetes.informer import Informer
 from agentfleet.backends.kubernetes.manifests import Configuration, config_document, render
 from agentfleet.backends.kubernetes.marking import FIRST_WITH_COST, mark_expendable, remove_and_shrink
+from agentfleet.backends.kubernetes.measures import MEASURES, samples
 from agentfleet.backends.kubernetes.notices import Regarding, regarding
 from agentfleet.backends.kubernetes.objects import Pod
 from agentfleet.backends.kubernetes.pods import Written, usage_of
@@ -32,10 +33,12 @@ from agentfleet.backends.kubernetes.removal import delete_listed
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, POD_METRICS, PODS, decode, version_of
 from agentfleet.backends.kubernetes.sending import merge, metadata_in, send, version_in
 from agentfleet.backends.kubernetes.sight import Sight
-from agentfleet.core.leadership import Fence
-from agentfleet.errors import BackendUnavailable, Conflict, InstanceGone
+from agentfleet.backends.kubernetes.standing import Standing, check_size, standing
+from agentfleet.core.fence import Fence
+from agentfleet.errors import BackendUnavailable, InstanceGone
 from agentfleet.events import Event
 from agentfleet.instances import Isolation, Phase, Usage
+from agentfleet.measures import Metric, Sample
 from agentfleet.specs import AgentTemplate, FleetSpec
 
 
@@ -67,6 +70,8 @@ class KubernetesBackend:
         self._namespace = namespace
         self._node_grace = node_grace
         self._sight: Sight | None = None
+        self._informers: Mapping[str, Informer[Any]] = {}
+        """Also when it is closed: what they have counted is read last then."""
         self._api: ApiVersions | None = None
         self._said: dict[str, _Said] = {}
         self._guards: dict[str, Guard] = {}
@@ -92,9 +97,11 @@ class KubernetesBackend:
                 self._connection = await stack.enter_async_context(Connection.find())
             connection = self._asked
             self._namespace = self._namespace or await connection.namespace()
+            sight = Sight(connection, self._namespace, node_grace=self._node_grace)
+            sight.listen(self._informers)  # so that a server that does not answer even now is known to be silent
+            self._informers = sight.informers
             version = json.loads(await connection.request("GET", "/version"))
             self._api = ApiVersions.discovered(version, json.loads(await connection.request("GET", "/apis")))
-            sight = Sight(connection, self._namespace, node_grace=self._node_grace)
             self._sight = await stack.enter_async_context(sight)
             self._announcer = await stack.enter_async_context(Announcer(connection, self._regarding))
             self._stack = stack.pop_all()
@@ -126,7 +133,7 @@ class KubernetesBackend:
 
     def fenced(self, fleet: str, fence: Fence) -> None:
         """From now on a fleet is written to in this term; what was said in earlier ones is forgotten."""
-        self._guards[fleet] = Guard(self._asked, self._seen.namespace, fleet, fence)
+        self._guards[fleet] = Guard(self._asked, self._seen.namespace, fleet, fence, pod=self._seen.pod)
         self._said.pop(fleet, None)
         self._seen.wrote(fleet, None)
 
@@ -150,6 +157,15 @@ class KubernetesBackend:
         """What became of the Kubernetes Events that were to be written."""
         return Announced() if self._announcer is None else self._announcer.announced
 
+    @property
+    def measures(self) -> Mapping[str, Metric]:
+        """The metrics that this backend has. See `Measured`."""
+        return MEASURES
+
+    def samples(self) -> Iterable[Sample]:
+        """How well the cluster is seen, what was asked of it, and what became of its Events. See `Measured`."""
+        return samples(self._connection, self._informers, self._announcer)
+
     def _regarding(self, fleet: str, instance: str | None) -> Regarding | None:
         if instance is None:
             deployment = self._seen.deployment(fleet)
@@ -167,13 +183,16 @@ class KubernetesBackend:
 
         Raises:
             SpecError: The fleet cannot be said in Kubernetes' words.
+            Outdated: It is not about the size, and would undo the one that somebody else has just set.
             BackendError: As `Connection.request`.
         """
         said = _Said(workload.spec, workload.revision, workload.template, workload.paused, workload.resting)
         fleet, ordered = workload.fleet, Ordered(workload.replicas, workload.revision, workload.paused)
         configuration = self._configurations.get(fleet)
         with self._seen.writing(fleet):
-            if self._seen.is_gone(fleet) and await self._owner(fleet) is None:
+            now = await standing(self._to(fleet), self._seen.namespace, fleet)
+            check_size(workload, now)
+            if self._seen.is_gone(fleet) and now is None:
                 await self._delete_all(fleet, but="Deployment")  # by our hand, so that it is gone for certain
                 self._said.pop(fleet, None)
             news = self._said.get(fleet) != said
@@ -182,9 +201,9 @@ class KubernetesBackend:
             if workload.replicas and workload.expendable and not workload.indifferent:  # of none, none is chosen
                 await self._choose(workload)
             if self.keeps_size(workload.spec):
-                await self._say_autoscaled(workload, ordered, news=news)
+                await self._say_autoscaled(workload, ordered, now, news=news)
             else:
-                version = await (self._say(workload) if news else self._scale(fleet, workload.replicas))
+                version = await (self._say(workload, now) if news else self._scale(fleet, workload.replicas))
                 self._seen.wrote(fleet, Written(ordered, version))
             self._said[fleet] = said
         if self._configurations.get(fleet) is not configuration:  # it has come while there was no Deployment yet
@@ -219,21 +238,22 @@ class KubernetesBackend:
         options = spec.template.kubernetes
         return options is not None and options.autoscaler.enabled
 
-    async def _say_autoscaled(self, workload: Workload, ordered: Ordered, *, news: bool) -> None:
+    async def _say_autoscaled(
+        self, workload: Workload, ordered: Ordered, present: Standing | None, *, news: bool
+    ) -> None:
         """Apply all but the size, which is given at first, at a stop and at a start; in between it is not ours."""
         fleet, namespace, policy, version = workload.fleet, self._seen.namespace, workload.spec.scaling, None
-        present = await present_size(self._asked, namespace, fleet)
         if news:
             if present is not None and present.applied:
                 await hand_over(self._to(fleet), namespace, fleet, present.replicas)
-            version = await self._say(workload, autoscaled=True)
+            version = await self._say(workload, present, autoscaled=True)
         if present is None or bool(present.replicas) != bool(workload.replicas):
             version = await self._scale(fleet, workload.replicas)
         if version is not None:
             bounds = (0, 0) if policy is None else (policy.min_replicas, policy.max_replicas)
             self._seen.wrote(fleet, Written(ordered, version, bounds))
 
-    async def _say(self, workload: Workload, *, autoscaled: bool = False) -> int:
+    async def _say(self, workload: Workload, now: Standing | None, *, autoscaled: bool = False) -> int:
         """Apply all objects; returns the resource version of the Deployment."""
         spec = workload.spec.replace(template=workload.template)
         manifests = render(
@@ -243,7 +263,7 @@ class KubernetesBackend:
             replicas=workload.replicas,
             paused=workload.paused,
             revision=workload.revision,
-            owner=await self._owner(workload.fleet),
+            owner=None if now is None else now.uid,  # what names one that is gone goes, too
             annotations=None if workload.resting is None else {naming.REPLICAS: str(workload.resting)},
             hpa=autoscaled,
             sized=not autoscaled,
@@ -255,21 +275,14 @@ class KubernetesBackend:
         await self._say_configuration(spec)
         version = 0
         for manifest in manifests.objects:
-            answer = await send(self._to(spec.name), requests.apply(manifest))
-            if manifest["kind"] == "Deployment":
-                made = metadata_in(answer)
-                version = version_of(made) or 0
-                if self._announcer is not None:
-                    self._announcer.appeared(spec.name, regarding("Deployment", made))
+            if manifest["kind"] != "Deployment":
+                await send(self._to(spec.name), requests.apply(manifest))
+                continue
+            made = metadata_in(await deploy(self._to(spec.name), manifest, workload, now, back=self._seen.unseen))
+            version = version_of(made) or 0
+            if self._announcer is not None:
+                self._announcer.appeared(spec.name, regarding("Deployment", made))
         return version
-
-    async def _owner(self, fleet: str) -> str | None:
-        """Uid of the Deployment as it is now, not as it was seen: what names one that is gone goes, too."""
-        try:
-            made = metadata_in(await self._asked.request("GET", DEPLOYMENTS.path(self._namespace, fleet)))
-        except NotFound:
-            return None
-        return made.uid if made.deletion_timestamp is None else None
 
     async def _scale(self, fleet: str, replicas: int) -> int:
         path = DEPLOYMENTS.path(self._namespace, fleet, "scale")
@@ -281,7 +294,9 @@ class KubernetesBackend:
         fleet, found = workload.fleet, [self._seen.pod(name) for name in workload.expendable]
         pods = [pod for pod in found if pod is not None and pod.metadata.deletion_timestamp is None]
         if self._api.minor >= FIRST_WITH_COST:
-            await mark_expendable(self._to(workload.fleet), self._seen.pods, pods)
+            all_pods = self._seen.pods.cache.values()
+            others = [pod for pod in all_pods if pod.metadata.labels.get(naming.FLEET) == fleet]
+            await mark_expendable(self._to(fleet), self._seen.pods, pods, others=others)
             return
         before = self._seen.last_ordered(fleet)
         if before is None:
@@ -322,8 +337,8 @@ class KubernetesBackend:
             return
         try:
             await self._end(pod, fleet, grace)
-        except (InstanceGone, Conflict):
-            return  # gone, or another of the same name
+        except InstanceGone:
+            return  # or another of the same name is there
 
     async def restart(self, fleet: str, id: str, *, grace: float) -> None:
         """End one pod as `stop` does; its Deployment puts another in its place.

@@ -15,12 +15,14 @@ Every class here is one of `agentfleet.errors`, so code that knows no Kubernetes
     Conflict
     └── Expired               410: the resource version or continue token is too old, list again
     InstanceGone
-    └── NotFound              404
+    ├── NotFound              404
+    └── Replaced              409: another object has the name by now, the uid that was meant is gone
 """
 
 from __future__ import annotations
 
 import email.utils
+import re
 import time
 from collections.abc import Mapping
 
@@ -44,6 +46,7 @@ __all__ = [
     "Invalid",
     "NotFound",
     "Overloaded",
+    "Replaced",
     "Unauthenticated",
     "Unreachable",
     "error_of",
@@ -51,6 +54,8 @@ __all__ = [
     "retry_after_of",
 ]
 
+_OTHER_UID = re.compile(r"UID in (the )?precondition")
+"""Part of the server's message when a uid differs, to tell it from a version that does: the reason is the same."""
 _SHOWN = 300
 """Characters of an answer that is no Status which are quoted in a message."""
 
@@ -125,6 +130,10 @@ class Expired(_Named, Conflict):
 
 class NotFound(_Named, InstanceGone):
     """The object, or the kind of object, does not exist."""
+
+
+class Replaced(_Named, InstanceGone):
+    """Another object has the name by now: the one whose uid was meant is gone."""
 
 
 class StatusCause(msgspec.Struct, frozen=True, gc=False):
@@ -210,6 +219,8 @@ def _conflict(message: str, reason: str, causes: tuple[StatusCause, ...], fields
         return AlreadyExists(message)
     if any(cause.reason == "FieldManagerConflict" for cause in causes):
         return FieldConflict(message, fields)
+    if _OTHER_UID.search(message):
+        return Replaced(message)
     return Conflict(f"{message}; observe the object again and decide again")
 
 

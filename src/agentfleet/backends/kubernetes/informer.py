@@ -36,7 +36,7 @@ from anyio.abc import TaskGroup
 from agentfleet.backends.kubernetes.connection import Requests
 from agentfleet.backends.kubernetes.errors import Expired, error_of_status
 from agentfleet.backends.kubernetes.informer_cache import Changed, ObjectCache, Removed, Snapshot, key_of
-from agentfleet.backends.kubernetes.informer_metrics import InformerMetrics
+from agentfleet.backends.kubernetes.informer_metrics import InformerMetrics, LastWord
 from agentfleet.backends.kubernetes.informer_queue import Closed, Unread
 from agentfleet.backends.kubernetes.objects import KubeObject
 from agentfleet.backends.kubernetes.resources import Resource, decode, selector
@@ -127,7 +127,6 @@ class Informer(Generic[ObjectT]):
         self._readers: set[Unread[ObjectT]] = set()
         self._resume: str | None = None
         self._relist_at = 0.0
-        self._heard_at = float("-inf")
         self._fruitless = 0
         self._synced = False
         self._closed = False
@@ -136,8 +135,10 @@ class Informer(Generic[ObjectT]):
         self._waiting = 0
         self._tasks: TaskGroup | None = None
         self.metrics = InformerMetrics()
+        self.last_word = LastWord()
 
     async def __aenter__(self) -> Self:
+        self.last_word.begin()
         self._tasks = await anyio.create_task_group().__aenter__()
         self._tasks.start_soon(self._run, name=f"informer {self._path}")
         return self
@@ -147,6 +148,7 @@ class Informer(Generic[ObjectT]):
     ) -> bool | None:
         assert self._tasks is not None
         self._closed = True
+        self.last_word.end()
         for reader in self._readers:
             reader.close()
         self._pulse()
@@ -176,7 +178,7 @@ class Informer(Generic[ObjectT]):
     @property
     def staleness(self) -> float:
         """Seconds since the server last said anything: the copy is at most that old. Infinite before the first list."""
-        return anyio.current_time() - self._heard_at
+        return self.last_word.age
 
     @property
     def dropped(self) -> int:
@@ -279,9 +281,7 @@ class Informer(Generic[ObjectT]):
         keys: set[str] = set()
         while True:
             body = await self._connection.request("GET", self._path, query=query)
-            await (
-                anyio.lowlevel.checkpoint()
-            )  # reading was one turn of the loop, decoding is another, taking in a third
+            await anyio.lowlevel.checkpoint()  # reading was one turn of the loop, decoding another, taking in a third
             page = decode(self._resource.read_page, body, f"list {self._path}")
             del body
             await anyio.lowlevel.checkpoint()
@@ -295,8 +295,8 @@ class Informer(Generic[ObjectT]):
         version = page.metadata.resource_version
         self._tell(self._cache.keep(keys, version))
         self._resume = version
-        self._heard_at = anyio.current_time()
-        self._relist_at = self._heard_at + self._relist_every * (0.9 + 0.2 * self._rng.random())
+        self.last_word.heard()
+        self._relist_at = anyio.current_time() + self._relist_every * (0.9 + 0.2 * self._rng.random())
         self._fruitless = 0
         self._synced = True
         self._error = None
@@ -322,7 +322,7 @@ class Informer(Generic[ObjectT]):
                     streaming = True
                     self.metrics.reconnects += self.metrics.watches >= self.metrics.lists
                     self.metrics.watches += 1
-                    self._heard_at = anyio.current_time()
+                    self.last_word.heard()
                     self._error = None
                     await self._follow(pieces)
         except BackendUnavailable:
@@ -341,7 +341,7 @@ class Informer(Generic[ObjectT]):
         splitter = LineSplitter()
         turn_ends = anyio.current_time() + _SLICE
         async for piece in pieces:
-            self._heard_at = anyio.current_time()
+            self.last_word.heard()
             for number, line in enumerate(splitter.lines(piece)):
                 if not number % _GLANCE and anyio.current_time() >= turn_ends:
                     self._pulse()

@@ -1,10 +1,50 @@
-"""What an informer counts."""
+"""What an informer counts, and when the server last told it anything."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["InformerMetrics"]
+__all__ = ["InformerMetrics", "LastWord"]
+
+
+class LastWord:
+    """When the server last said anything. May be asked in any thread, as metrics are; told in the event loop alone."""
+
+    def __init__(self) -> None:
+        self._now: Callable[[], float] | None = None
+        self._begun_at = 0.0
+        self._heard_at = float("-inf")
+
+    def begin(self, before: LastWord | None = None) -> None:
+        """From now on somebody listens; or goes on to, after they (or another, `before`) have heard nothing so far."""
+        if self._now is None:
+            self._now = asyncio.get_running_loop().time  # anyio's time, which cannot be asked in other threads
+            self._begun_at = self._now()
+        if before is not None and before._now is not None and before._heard_at < before._begun_at:
+            self._begun_at = min(self._begun_at, before._begun_at)
+
+    def heard(self) -> None:
+        """It has said something now; whoever hears it although nobody listens any more was just about to end."""
+        if self._now is not None:
+            self._heard_at = self._now()
+
+    def end(self) -> None:
+        """Nobody listens any more."""
+        self._now = None
+
+    @property
+    def age(self) -> float:
+        """Seconds since it said anything; infinite while it has not, and when nobody listens."""
+        now = self._now
+        return float("inf") if now is None else now() - self._heard_at
+
+    @property
+    def silence(self) -> float | None:
+        """The same, but of a server that has said nothing yet since somebody listens; None when nobody does."""
+        now = self._now
+        return None if now is None else now() - max(self._heard_at, self._begun_at)
 
 
 @dataclass(slots=True)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 
 import anyio
 import msgspec
@@ -24,7 +25,7 @@ from agentfleet.backends.kubernetes.informer import Informer
 from agentfleet.backends.kubernetes.informer_cache import Snapshot, key_of
 from agentfleet.backends.kubernetes.objects import Meta, Pod
 from agentfleet.backends.kubernetes.resources import PODS, decode, version_of
-from agentfleet.errors import Conflict, InstanceGone
+from agentfleet.errors import AgentFleetError, InstanceGone
 
 _AT_ONCE = 16
 """Pods that are marked, or deleted before the size follows, at the same time."""
@@ -32,6 +33,8 @@ _STEPS = 20
 """In how many steps a size is lowered at most."""
 _REACTS_WITHIN = 1.0
 """Seconds that a ReplicaSet is given to begin others in the place of those that were deleted, and to end them again."""
+_COST = "-1000"
+"""What those to go cost; no other is cheaper."""
 FIRST_WITH_COST = 21
 """The 1.Y of Kubernetes from which a ReplicaSet heeds the cost."""
 
@@ -40,31 +43,41 @@ class _Answer(msgspec.Struct):
     metadata: Meta
 
 
-async def mark_expendable(connection: Requests, seen: Informer[Pod], pods: Iterable[Pod]) -> None:
-    """Mark pods as those to go first. Returns when our own watch shows the marks, as the ReplicaSet's will.
+async def mark_expendable(
+    connection: Requests, seen: Informer[Pod], pods: Collection[Pod], *, others: Iterable[Pod] = ()
+) -> None:
+    """Mark pods as those to go first, and no others. Returns when our own watch shows it, as the ReplicaSet's will.
+
+    One that was marked before and stays has its mark taken back: it may have been chosen in vain, when the ReplicaSet
+    ended one that was not ready, or when another manager chose.
 
     Args:
         connection: How the API server is asked.
         seen: The pods as they are seen.
-        pods: Those to mark; one that is gone already is passed over.
+        pods: Those to mark; one that is gone already is passed over, and one that is marked is marked.
+        others: Those of the same fleet, these among them or not.
 
     Raises:
         BackendError: As `Connection.request`; some may be marked.
+        NotLeader: Another leads by now; some may be marked.
     """
-    limiter = anyio.CapacityLimiter(_AT_ONCE)
     versions: list[int] = []
+    chosen = {pod.metadata.uid for pod in pods}
+    stays = [pod for pod in others if pod.metadata.uid not in chosen and _is_marked(pod)]
 
     async def mark(pod: Pod) -> None:
-        async with limiter:
-            version = await _cost(connection, pod)
-            if version is not None:
-                versions.append(version)
+        version = await mark_one(connection, pod, taken_back=pod.metadata.uid not in chosen)
+        if version is not None:
+            versions.append(version)
 
-    async with anyio.create_task_group() as tasks:
-        for pod in pods:
-            tasks.start_soon(mark, pod)
+    await _each([*stays, *(pod for pod in pods if not _is_marked(pod))], mark, at_once=_AT_ONCE)
     if versions:
         await seen.wait_for(max(versions))
+
+
+def _is_marked(pod: Pod) -> bool:
+    annotations = pod.metadata.annotations
+    return annotations is not None and annotations.deletion_cost == _COST
 
 
 async def remove_and_shrink(
@@ -97,7 +110,7 @@ async def remove_and_shrink(
     for first in range(0, count, at_once):
         leaving = pods[first : min(first + at_once, count)]
         known = frozenset(seen.cache)
-        await _delete_all(connection, leaving)
+        await _each(leaving, partial(_delete, connection), at_once=at_once)
         begun = await _begun(seen, known, leaving[0].metadata.labels.get(naming.FLEET), len(leaving))
         await scale(size - first - len(leaving))
         await _left(seen, begun)  # what is begun next must not be taken for what is too many now
@@ -130,20 +143,35 @@ def _stays(pod: Pod | None) -> bool:
     return pod is not None and pod.metadata.deletion_timestamp is None
 
 
-async def _delete_all(connection: Requests, pods: Iterable[Pod]) -> None:
+async def _each(pods: Iterable[Pod], act: Callable[[Pod], Awaitable[None]], *, at_once: int) -> None:
+    """Act on pods beside one another. After a failure no more are begun, and it is raised as it is, in no group."""
+    limiter = anyio.CapacityLimiter(at_once)
+    failed: list[AgentFleetError] = []
+
+    async def one(pod: Pod) -> None:
+        async with limiter:
+            if failed:
+                return
+            try:
+                await act(pod)
+            except AgentFleetError as error:  # also that another leads by now
+                failed.append(error)
+
     async with anyio.create_task_group() as tasks:
         for pod in pods:
-            tasks.start_soon(_delete, connection, pod)
+            tasks.start_soon(one, pod)
+    if failed:
+        raise failed[0]
 
 
 async def _delete(connection: Requests, pod: Pod) -> None:
-    with suppress(InstanceGone, Conflict):  # it is gone already, which is all that was wanted
+    with suppress(InstanceGone):  # it is gone already, which is all that was wanted
         await singles.delete(connection, pod)
 
 
-async def _cost(connection: Requests, pod: Pod) -> int | None:
+async def mark_one(connection: Requests, pod: Pod, *, taken_back: bool = False) -> int | None:
     """Mark one pod; returns the resource version that this made, None when there is no such pod any more."""
-    cost = {"controller.kubernetes.io/pod-deletion-cost": "-1000"}
+    cost = {"controller.kubernetes.io/pod-deletion-cost": None if taken_back else _COST}
     try:
         answer = await connection.request(
             "PATCH",
@@ -152,7 +180,7 @@ async def _cost(connection: Requests, pod: Pod) -> int | None:
             body=json.dumps({"metadata": {"uid": pod.metadata.uid, "annotations": cost}}).encode(),
             content_type=MERGE_PATCH,
         )
-    except (InstanceGone, Conflict):
+    except InstanceGone:
         return None
     except Invalid as error:
         if "metadata.uid" not in error.fields:  # so the server says, too, that another has its name

@@ -95,6 +95,7 @@ class Condition(Slim, frozen=True):
     type: str
     status: Literal["True", "False", "Unknown"] = "Unknown"
     reason: str = ""
+    message: str = ""
     last_transition_time: Time | None = None
 
 

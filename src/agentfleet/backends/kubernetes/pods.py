@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from agentfleet.backends.base import AUTOSCALER, Edit, Ordered
 from agentfleet.backends.kubernetes import naming
-from agentfleet.backends.kubernetes.objects import Annotations, ContainerStatus, Deployment, Pod, PodMetrics
+from agentfleet.backends.kubernetes.objects import Annotations, Condition, ContainerStatus, Deployment, Pod, PodMetrics
 from agentfleet.backends.kubernetes.objects import Node as KubeNode
 from agentfleet.backends.kubernetes.resources import version_of
 from agentfleet.instances import NO_SLOT, Instance, Isolation, Node, Phase, Usage
@@ -16,6 +16,8 @@ from agentfleet.units import parse_cpu, parse_memory
 
 _HOPELESS = ("CrashLoopBackOff",)
 """Why a container waits that has run and has ended; all other reasons are those of one that was never started."""
+_ON_ITS_WAY = ("", "ContainerCreating", "PodInitializing")
+"""Why a container waits that will soon be started."""
 _CLUSTER = frozenset(("kube-controller-manager", "kube-scheduler", "kubelet"))
 """Writers that only keep what others have told them."""
 
@@ -62,6 +64,7 @@ def instance_of(pod: Pod, fleet: str, *, lost: bool = False) -> Instance:
         restarts=status.restart_count if status is not None else 0,
         exit_code=_exit_code(status),
         isolated=_isolation(pod),
+        trouble=None if pod.ready else _trouble(pod, status),
     )
 
 
@@ -100,6 +103,7 @@ def ordered_of(deployment: Deployment | None, ours: Written | None = None) -> Or
         revision=_number(spec.template.metadata.labels.get(naming.REVISION)),
         paused=spec.paused,
         edit=_edit(deployment),
+        trouble=next((each.message for each in deployment.status.conditions if _fails(each)), None),
     )
     if ours is None:
         return replace(seen, by=None if writer in (naming.MANAGER, None) else writer)
@@ -156,6 +160,22 @@ def _last_writer(deployment: Deployment) -> str | None:
     if naming.MANAGER in latest:  # times are whole seconds
         return naming.MANAGER
     return AUTOSCALER if latest[-1] in _CLUSTER else latest[-1]  # of the cluster only autoscalers use scale
+
+
+def _fails(condition: Condition) -> bool:
+    """Whether a condition of a Deployment says that its pods are refused, as by a quota or a missing account."""
+    return condition.type == "ReplicaFailure" and condition.status == "True"
+
+
+def _trouble(pod: Pod, status: ContainerStatus | None) -> str | None:
+    """Why a pod does not start: no node takes it, or a container waits for what it cannot have."""
+    for each in pod.status.conditions:
+        if each.type == "PodScheduled" and each.status == "False":
+            return f"{each.reason}: {each.message}"
+    waiting = status.state.waiting if status is not None and status.state is not None else None
+    if waiting is None or waiting.reason in _ON_ITS_WAY or waiting.reason in _HOPELESS:
+        return None
+    return f"{waiting.reason}: {waiting.message}" if waiting.message else waiting.reason
 
 
 def _agent(statuses: Iterable[ContainerStatus]) -> ContainerStatus | None:

@@ -8,8 +8,8 @@ import msgspec
 
 from agentfleet.backends.kubernetes import apply as requests
 from agentfleet.backends.kubernetes.connection import Requests
-from agentfleet.backends.kubernetes.errors import NotFound
 from agentfleet.backends.kubernetes.resources import decode
+from agentfleet.errors import InstanceGone
 
 
 class _Meta(msgspec.Struct):
@@ -36,5 +36,5 @@ async def delete_listed(connection: Requests, listing: requests.Request) -> None
         path = f"{listing.path}/{each.metadata.name}"
         try:
             await connection.request("DELETE", path, body=json.dumps(options).encode())
-        except NotFound:
+        except InstanceGone:
             continue

@@ -3,14 +3,13 @@
 Watchers of a fleet are told which of its pods changed and read them when they come to it: a slow one skips what a pod
 was in between, never what it is.
 
-A node is lost when its heartbeat (its Lease, KEP-589) has not moved for `node_grace` seconds by our own clock: the
-control plane itself waits 40 s before it says so, and minutes before it acts. When most nodes seem lost at once, or the
-heartbeats' own watch is silent, it is our sight that is lost, and nothing is said of any node.
+A node is lost when its heartbeat (its Lease, KEP-589) has not moved for `node_grace` seconds by our own clock, see
+`heartbeats`: the control plane itself waits 40 s before it says so, and minutes before it acts. While the heartbeats'
+own watch is broken or silent nothing is said of any node.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from types import TracebackType
@@ -22,9 +21,11 @@ from anyio.abc import TaskGroup
 from agentfleet.backends.base import Changed, Observation, Ordered, Removed, Snapshot
 from agentfleet.backends.kubernetes import naming
 from agentfleet.backends.kubernetes.connection import Requests
+from agentfleet.backends.kubernetes.heartbeats import Heartbeats
 from agentfleet.backends.kubernetes.informer import Informer
 from agentfleet.backends.kubernetes.informer_cache import Changed as Put
 from agentfleet.backends.kubernetes.informer_cache import Snapshot as Listed
+from agentfleet.backends.kubernetes.informer_queue import Closed
 from agentfleet.backends.kubernetes.objects import Deployment, Lease, Node, Pod
 from agentfleet.backends.kubernetes.pods import Written, instance_of, node_of, ordered_of
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, LEASES, NODES, PODS, version_of
@@ -34,8 +35,6 @@ from agentfleet.instances import Instance
 NODE_LEASES = "kube-node-lease"
 _LOOK = 1.0
 """Seconds between two looks at the nodes' heartbeats."""
-_BLIND_SHARE = 0.5
-"""Share of the nodes that may be lost at once before it is our own sight that is doubted."""
 
 
 class Sight:
@@ -54,12 +53,12 @@ class Sight:
         self.deployments: Informer[Deployment] = Informer(connection, DEPLOYMENTS, namespace=namespace, labels=ours)
         self._nodes: Informer[Node] = Informer(connection, NODES)
         self._leases: Informer[Lease] = Informer(connection, LEASES, namespace=NODE_LEASES, silence=30.0)
-        self._node_grace = node_grace
-        self._beats: dict[str, float] = {}
+        self._beats = Heartbeats(node_grace)
         self._lost: frozenset[str] = frozenset()
         self._watches: dict[str, list[FleetWatch]] = {}
         self._written: dict[str, Written] = {}
         self._writing: dict[str, int] = {}
+        self._unseen: dict[str, int] = {}
         self._stack = AsyncExitStack()
         self._tasks: TaskGroup | None = None
 
@@ -87,6 +86,11 @@ class Sight:
             for watch in watches:
                 watch.close()
         await self._stack.__aexit__(None, None, None)
+
+    def listen(self, before: Mapping[str, Informer[Any]]) -> None:
+        """Count the server's silence from now on, or since the informers of `before` listened and heard nothing."""
+        for kind, informer in self.informers.items():
+            informer.last_word.begin(before[kind].last_word if kind in before else None)
 
     @property
     def informers(self) -> Mapping[str, Informer[Any]]:
@@ -117,8 +121,13 @@ class Sight:
             self._writing[fleet] -= 1
             self._reorder(fleet)
 
+    def unseen(self, fleet: str, version: int) -> None:
+        """Tell nobody of a Deployment before it is seen at this version: what is older is our own word, half said."""
+        self._unseen[fleet] = version
+
     def wrote(self, fleet: str, written: Written | None) -> None:
         """Note what we told a Deployment; None: it is to be forgotten."""
+        self._unseen.pop(fleet, None)
         if written is None:
             self._written.pop(fleet, None)
         else:
@@ -128,10 +137,12 @@ class Sight:
         """What a fleet's Deployment has been told; None while we are telling it."""
         if self._writing.get(fleet):
             return None
-        written = self._written.get(fleet)
-        if self.deployment(fleet) is None and written is not None and not self.is_gone(fleet):
+        deployment, written = self.deployment(fleet), self._written.get(fleet)
+        if deployment is None and written is not None and not self.is_gone(fleet):
             return None  # what we made is not seen yet
-        return ordered_of(self.deployment(fleet), written)
+        if deployment is not None and (version_of(deployment.metadata) or 0) < self._unseen.get(fleet, 0):
+            return None
+        return ordered_of(deployment, written)
 
     def is_gone(self, fleet: str) -> bool:
         """Whether a Deployment that we have written has been deleted by somebody else."""
@@ -201,11 +212,11 @@ class Sight:
             async for event in events:
                 now = anyio.current_time()
                 if isinstance(event, Listed):
-                    self._beats |= dict.fromkeys((each.metadata.name for each in event.objects), now)
+                    self._beats.listed({each.metadata.name for each in event.objects}, now)
                 elif isinstance(event, Put):
-                    self._beats[event.object.metadata.name] = now
+                    self._beats.beat(event.object.metadata.name, now)
                 else:
-                    self._beats.pop(event.object.metadata.name, None)
+                    self._beats.gone(event.object.metadata.name)
 
     async def _look(self) -> None:
         while True:
@@ -216,10 +227,9 @@ class Sight:
                 self._resnap()
 
     def _silent_nodes(self, now: float) -> frozenset[str]:
-        if self._leases.error is not None or self._leases.staleness > self._node_grace:
+        if self._leases.error is not None or self._leases.staleness > self._beats.grace:
             return self._lost
-        silent = frozenset(name for name, at in self._beats.items() if now - at > self._node_grace)
-        return self._lost if len(silent) > max(1, math.floor(_BLIND_SHARE * len(self._beats))) else silent
+        return self._beats.lost(now)
 
     def _reorder(self, fleet: str) -> None:
         for watch in self._watches.get(fleet, ()):
@@ -240,7 +250,7 @@ class FleetWatch:
         self._touched: dict[str, None] = {}
         self._told: dict[str, str] = {}
         """Uid of each pod that was shown, by name."""
-        self._ordered: Ordered | None = None
+        self._shown: tuple[Ordered, str | None] | None = None
         self._whole = True
         self._closed = False
         self._moved = anyio.Event()
@@ -272,8 +282,8 @@ class FleetWatch:
             while not self._closed:
                 self._moved = anyio.Event()
                 now = sight.ordered(self.fleet)
-                if now is not None and now != self._ordered:
-                    self._ordered = now
+                if now is not None and (now, now.trouble) != self._shown:
+                    self._shown = now, now.trouble
                     yield now
                 if self._whole:
                     yield self._everything()
@@ -284,6 +294,9 @@ class FleetWatch:
                         yield seen
                 if not self._touched and not self._whole:
                     await self._moved.wait()
+        except Closed:
+            if not self._closed:
+                raise
         except TimeoutError as error:
             raise BackendUnavailable(f"fleet {self.fleet}: the API server showed nothing in time") from error
         finally:

@@ -13,7 +13,7 @@ from agentfleet.backends.kubernetes.connection import MERGE_PATCH, Requests
 from agentfleet.backends.kubernetes.errors import Invalid
 from agentfleet.backends.kubernetes.objects import Pod
 from agentfleet.backends.kubernetes.resources import PODS
-from agentfleet.errors import Conflict, InstanceGone
+from agentfleet.errors import InstanceGone
 from agentfleet.instances import Isolation
 
 _FIRST_WITH_V1 = 22
@@ -31,7 +31,7 @@ async def evict(connection: Requests, pod: Pod, *, grace: float, minor: int) -> 
 
     Raises:
         DisruptionBlocked: The budget is used up; nothing was done.
-        Conflict: Another pod has the name now.
+        InstanceGone: It is gone, perhaps for another of its name.
         BackendError: As `Connection.request`.
     """
     meta = pod.metadata
@@ -80,8 +80,6 @@ async def isolate(connection: Requests, pod: Pod, selector: Mapping[str, str], i
             body=json.dumps({"metadata": meta}).encode(),
             content_type=MERGE_PATCH,
         )
-    except Conflict as error:
-        raise InstanceGone(f"another pod has the name {pod.metadata.name} now") from error
     except Invalid as error:
         if "metadata.uid" not in error.fields:  # so the server says, too, that another has its name
             raise

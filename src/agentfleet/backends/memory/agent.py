@@ -42,6 +42,7 @@ class Condition:
     hung: bool = False
     slow: float = 0.0
     unhealthy: bool = False
+    unready: bool = False
     stalled_since: float | None = None
     ignores_term: bool = False
     sticky: bool = False
@@ -115,7 +116,7 @@ class Agent:
             phase=Phase.LOST if lost else self.phase,
             created_at=self.created_at,
             started_at=self.started_at,
-            ready=self.ready and not lost,
+            ready=self.ready and not lost and not (self.condition is not None and self.condition.unready),
             ready_at=self.ready_at,
             node=self.machine.node.name if self.machine else None,
             address=self.address,

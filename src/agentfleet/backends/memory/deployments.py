@@ -26,7 +26,7 @@ from agentfleet.backends.memory.prober import MemoryProber
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.core import rollout
 from agentfleet.core.rollout import RolloutMemory, RolloutObserved
-from agentfleet.errors import BackendError, InstanceGone
+from agentfleet.errors import BackendError, InstanceGone, Outdated
 from agentfleet.instances import NO_SLOT, Instance, Isolation, Node, Phase, Usage
 from agentfleet.specs import RolloutPolicy
 from agentfleet.view import Counts
@@ -57,8 +57,12 @@ class MemoryDeployments:
         self._clock: Clock = clock or SystemClock()
         self._kept: dict[str, Kept] = {}
         self._tasks: TaskGroup | None = None
+        self._users = 0
 
     async def __aenter__(self) -> Self:
+        self._users += 1
+        if self._users > 1:
+            return self
         await self.cluster.__aenter__()
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
@@ -69,10 +73,19 @@ class MemoryDeployments:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._users -= 1
+        if self._users:
+            return
         assert self._tasks is not None
-        self._tasks.cancel_scope.cancel()
-        await self._tasks.__aexit__(None, None, None)
-        await self.cluster.__aexit__(kind, error, trace)
+        tasks, self._tasks = self._tasks, None
+        tasks.cancel_scope.cancel()
+        try:
+            await tasks.__aexit__(None, None, None)
+        finally:  # also when whoever leaves is cancelled
+            for kept in self._kept.values():
+                for watcher in kept.watchers:
+                    watcher.close()
+            await self.cluster.__aexit__(kind, error, trace)
 
     def kept(self, fleet: str) -> Kept:
         """One fleet as it is kept; a person's hand on it, too."""
@@ -85,8 +98,10 @@ class MemoryDeployments:
     async def apply(self, workload: Workload) -> None:
         """See `WorkloadBackend`."""
         await self.cluster.usage(workload.fleet)  # an engine that cannot be reached raises
+        kept = self.kept(workload.fleet)
+        kept.check(workload)
         self.orders.append(workload)
-        self.kept(workload.fleet).tell(workload, by=None)
+        kept.tell(workload, by=None)
 
     async def delete(self, fleet: str) -> None:
         """See `WorkloadBackend`."""
@@ -117,6 +132,7 @@ class MemoryDeployments:
 
     async def restart(self, fleet: str, id: str, *, grace: float) -> None:
         """End an instance; another takes its place."""
+        self.kept(fleet).known(id)
         await self.stop(fleet, id, grace=grace)
 
     async def usage(self, fleet: str) -> Mapping[str, Usage]:
@@ -155,6 +171,8 @@ class Kept:
         self._wanted: Workload | None = None
         self._by: str | None = None
         self._memory: RolloutMemory | None = None
+        self._revisions: dict[int, Workload] = {}
+        """What was wanted last of each revision, as the ReplicaSets of a Deployment keep it."""
         self._instances: dict[str, Instance] = {}
         self._synced = False
         self._isolated: dict[str, Isolation] = {}
@@ -169,9 +187,15 @@ class Kept:
         """Take an order, from the fleet's manager (None) or from somebody else."""
         if self._wanted is None or wanted.revision != self._wanted.revision:
             self._memory = rollout.begin(wanted.revision, self._clock.now())
+        told = self.ordered()
         self._wanted, self._by = wanted, by
-        self._broadcast(self.ordered())
-        self._changed.set()
+        self._revisions[wanted.revision] = wanted
+        self._tell_order(told)
+
+    def check(self, wanted: Workload) -> None:
+        """Raise `Outdated` if an order that is not about the size would undo the one that somebody has set."""
+        if wanted.same_size and self._wanted is not None and self._wanted.replicas != wanted.replicas:
+            raise Outdated(f"fleet {self._fleet} was set to {self._wanted.replicas} by {self._by}, unseen as yet")
 
     def scale(self, replicas: int, *, by: str) -> None:
         """Somebody else sets the size."""
@@ -180,17 +204,22 @@ class Kept:
 
     def forget(self) -> None:
         """Keep nothing any more."""
-        self._wanted = self._memory = None
-        self._changed.set()
+        told = self.ordered()
+        self._wanted = self._memory = self._by = None
+        self._tell_order(told)
 
     def isolate(self, id: str, isolation: Isolation) -> None:
         """Let go of an instance, which stays."""
-        known = self._instances.get(id)
-        if known is None:
-            raise InstanceGone(f"fleet {self._fleet!r} has no instance {id!r} (any more)")
+        known = self.known(id)
         self._isolated[id] = isolation
         self._show(known)
         self._changed.set()
+
+    def known(self, id: str) -> Instance:
+        """An instance; raises `InstanceGone` where there is none."""
+        if id not in self._instances:
+            raise InstanceGone(f"fleet {self._fleet!r} has no instance {id!r} (any more)")
+        return self._instances[id]
 
     def end(self, id: str) -> None:
         """Count an instance no more, which was told to end."""
@@ -216,6 +245,12 @@ class Kept:
         watcher.send_nowait(self.ordered())
         if self._synced:
             watcher.send_nowait(Snapshot(tuple(self._instances.values()), self._nodes))
+
+    def _tell_order(self, before: Ordered) -> None:
+        """Tell an order that is another one than before."""
+        if self.ordered() != before:
+            self._broadcast(self.ordered())
+        self._changed.set()
 
     def _broadcast(self, seen: Observation) -> None:
         for watcher in self.watchers:
@@ -275,8 +310,10 @@ class Kept:
         old = [each for each in staying if each.revision != wanted.revision]
         seen = RolloutObserved(wanted.replicas, _counts(new), _counts(old), paused=wanted.paused)
         step, self._memory = rollout.decide(self._policy, seen, self._memory, self._clock.now())
+        newest = max((each.revision for each in old), default=wanted.revision)
+        made = wanted if step.create_new else self._revisions.get(newest, wanted)
         for _ in range(step.create_new or step.create_old):
-            await self._create(wanted)
+            await self._create(made)
         await self._remove(wanted, new, step.remove_new)
         await self._remove(wanted, old, step.remove_old_unfit + step.remove_old_good)
 

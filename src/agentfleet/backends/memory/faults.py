@@ -96,11 +96,17 @@ class Faults:
         """SIGTERM is ignored: a drain takes its whole grace and ends in the kill."""
         return self._ail("ignores_term", True, id, **among)
 
+    def unready(self, id: str | None = None, **how: Unpack[Ailing]) -> int:
+        """The engine takes processes for not ready, whatever their probes say."""
+        return self._ail("unready", True, id, **how)
+
     def cure(self, id: str | None = None, **among: Unpack[Among]) -> int:
         """Undo everything that ails processes."""
+        now = self._world.advance()
         hit = [agent for agent in self._pick(id, **among) if agent.condition is not None]
         for agent in hit:
             agent.condition = None
+            self._world.refresh(agent, now)
         return len(hit)
 
     # -------------------------------------------------------------------------------------------- nodes
@@ -271,14 +277,16 @@ class Faults:
             condition = agent.ail()
             setattr(condition, what, value)
             condition.sticky = condition.sticky or sticky
+            self._world.refresh(agent, now)
             self._until(now, (agent.id, what), seconds, self._curing(agent, condition, what))
         return len(hit)
 
-    @staticmethod
-    def _curing(agent: Agent, condition: Condition, what: str) -> Callable[[float], None]:
-        def cure(_: float) -> None:
+    def _curing(self, agent: Agent, condition: Condition, what: str) -> Callable[[float], None]:
+        def cure(at: float) -> None:
             if agent.condition is condition:
                 setattr(condition, what, getattr(Condition(), what))
+                if self._world.agents.get(agent.id) is agent:  # else it is gone by now
+                    self._world.refresh(agent, at)
 
         return cure
 

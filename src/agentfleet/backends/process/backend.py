@@ -37,8 +37,8 @@ class ProcessBackend:
     The process leads a session of its own, answers on a free loopback port of its own, and finds in its environment:
     PORT, AGENTFLEET_HOST, AGENTFLEET_PORT, AGENTFLEET_FLEET, AGENTFLEET_INSTANCE, AGENTFLEET_SLOT,
     AGENTFLEET_REVISION, AGENTFLEET_VERSION, AGENTFLEET_TOKEN (its bearer token) and AGENTFLEET_DRAIN (seconds), besides
-    the manager's own environment and the template's. "python" and "python3" as the program are the manager's own
-    interpreter. `template.cpu` and `template.memory` are not enforced.
+    the manager's own environment, but for what begins with AGENTFLEET_, and the template's. "python" and "python3" as
+    the program are the manager's own interpreter. `template.cpu` and `template.memory` are not enforced.
 
     **No orphans.** Every instance is recorded before it is started. A manager that was killed at any instant is
     followed by one that finds the same processes again (same pids, ports and tokens), reports as EXITED what has ended
@@ -87,6 +87,7 @@ class ProcessBackend:
         self._node = node or socket.gethostname() or "local"
         self._max_output = max_output
         self._house: House | None = None
+        self._users = 0
         self._outer: anyio.abc.TaskGroup
         self._tasks: anyio.abc.TaskGroup | None = None
 
@@ -94,12 +95,21 @@ class ProcessBackend:
 
     async def __aenter__(self) -> Self:
         """Own the state directory and take over the instances in it."""
-        if self._house is not None:
-            raise BackendRefused("this ProcessBackend is open already; make another one")
+        self._users += 1
+        if self._users > 1:  # by whoever manages several fleets: who opens it first closes it last
+            return self
+        try:
+            await self._open()
+        except BaseException:
+            self._users -= 1
+            raise
+        return self
+
+    async def _open(self) -> None:
         _raise_file_limit()
         # Shielded, so that an acquired lock cannot get lost between the thread and this task.
         with anyio.CancelScope(shield=True):
-            state, found = await anyio.to_thread.run_sync(_open, self._path)
+            state, found = await anyio.to_thread.run_sync(_take_over, self._path)
         used = Ports(self._ports)
         used.begin_at(int(state.marker, 16))
         self._house = House(state, used, self._clock, self._node)
@@ -107,7 +117,6 @@ class ProcessBackend:
         await self._outer.__aenter__()
         with anyio.CancelScope(shield=True):
             self._tasks = await self._outer.start(self._serve, self._house, found)
-        return self
 
     async def _serve(
         self, house: House, found: Sequence[Found], *, task_status: anyio.abc.TaskStatus[anyio.abc.TaskGroup]
@@ -129,6 +138,9 @@ class ProcessBackend:
         Raises:
             BackendUnavailable: A process could not be ended (and nothing else went wrong); its record is kept.
         """
+        self._users -= 1
+        if self._users:
+            return None
         house, tasks = self._house, self._tasks
         assert house is not None
         assert tasks is not None
@@ -307,7 +319,7 @@ class ProcessBackend:
         return keeper
 
 
-def _open(path: Path) -> tuple[StateDir, list[Found]]:
+def _take_over(path: Path) -> tuple[StateDir, list[Found]]:
     state = StateDir(path)
     try:
         return state, recover(state)

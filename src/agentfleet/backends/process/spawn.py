@@ -38,9 +38,12 @@ def command_of(record: Record) -> list[str]:
 
 
 def environment_of(record: Record, state: StateDir) -> dict[str, str]:
-    """The manager's environment, then the template's, then the instance's own, which always wins."""
+    """The manager's environment, then the template's, then the instance's own, which always wins.
+
+    What is set for the manager itself stays with it: its settings may hold the password of its database.
+    """
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("AGENTFLEET_")},
         **record.template.env,
         "PORT": str(record.port),
         "AGENTFLEET_HOST": HOST,

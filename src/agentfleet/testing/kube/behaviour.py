@@ -36,7 +36,7 @@ class Timing:
     """Seconds.
 
     Attributes:
-        restart: From a first crash to the restart.
+        restart: From a first crash to the restart; from one look for a missing Secret or ConfigMap to the next.
         backoff: The first back-off of a crash-loop; it doubles.
         backoff_cap: Its longest.
         pull_backoff: From ErrImagePull to ImagePullBackOff.

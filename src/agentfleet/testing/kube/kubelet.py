@@ -33,6 +33,7 @@ from agentfleet.testing.kube.kubeletoptions import KubeletOptions
 from agentfleet.testing.kube.lifecycle import Lifecycle
 from agentfleet.testing.kube.nodes import Node, Nodes
 from agentfleet.testing.kube.orders import carry_out
+from agentfleet.testing.kube.podneeds import missing
 from agentfleet.testing.kube.podrun import PodRun, Stage, now
 from agentfleet.testing.kube.podview import Pod
 from agentfleet.testing.kube.podwatch import PodWatch
@@ -226,9 +227,15 @@ class FakeKubelet(NodeFaults):
         """Note a pod that was ended with work in flight."""
         self._killed_busy.append(run.name)
 
-    def spawn(self, work: Callable[[PodRun], Coroutine[Any, Any, None]], run: PodRun) -> None:
-        """Run a coroutine for a pod beside."""
-        self._beside.put_nowait(partial(work, run))
+    def look_up(self, run: PodRun) -> None:
+        """Ask what of that is missing that a pod's variables come from."""
+        self._beside.put_nowait(partial(self._look_up, run, run.turn))
+
+    async def _look_up(self, run: PodRun, turn: int) -> None:
+        node = self.nodes.by_name[run.node]
+        while node.gone and turn == run.turn:  # noqa: ASYNC110 - it cannot ask either, and its return has no event
+            await asyncio.sleep(self.options.timing.restart)
+        self.lifecycle.looked_up(run, turn, await missing(self._api, run.view))
 
     async def _run_beside(self) -> None:
         """Start what timers have asked for: a timer runs outside of any task, where a task group starts nothing."""

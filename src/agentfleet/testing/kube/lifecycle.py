@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from agentfleet.testing.kube.behaviour import Timing
 from agentfleet.testing.kube.podagent import PodAgent, Vitals
@@ -25,8 +25,8 @@ class Listener(Protocol):
     def lost_work(self, run: PodRun) -> None:
         """It was ended while work was in flight."""
 
-    def spawn(self, work: Callable[[PodRun], Coroutine[Any, Any, None]], run: PodRun) -> None:
-        """Run a coroutine beside."""
+    def look_up(self, run: PodRun) -> None:
+        """Ask the API server for what its variables come from; `Lifecycle.looked_up` gets the answer."""
 
 
 class Lifecycle:
@@ -62,24 +62,44 @@ class Lifecycle:
         self._listener.changed(run)
 
     def _start(self, run: PodRun) -> None:
-        self._listener.spawn(self._listen, run)
+        if run.stopping or run.stage is Stage.STOPPED:
+            return
+        if run.view.needs:
+            self._listener.look_up(run)
+        else:
+            self._launch(run)
 
-    async def _listen(self, run: PodRun) -> None:
+    def looked_up(self, run: PodRun, turn: int, missing: Mapping[int, str]) -> None:
+        """What its containers cannot be made without is there, but for what is missing; asked in that turn of its.
+
+        A kubelet looks again until all is there, and then makes them.
+        """
+        if turn != run.turn or run.stopping or run.stage is Stage.STOPPED:
+            return
+        if not missing:
+            self._launch(run)
+            return
+        self._later(run, self._timing.restart, self._start)
+        if (run.stage, run.missing) == (Stage.CONFIG_FAILED, missing):
+            return
+        run.stage, run.missing = Stage.CONFIG_FAILED, missing
+        for why in missing.values():
+            self._listener.warned(run, "Failed", f"Error: {why}")
+        self._listener.changed(run)
+
+    def _launch(self, run: PodRun) -> None:
         image = run.view.spec.containers[run.lead].image
         run.vitals = Vitals(version=image.rpartition(":")[2], task_seconds=run.behaviour.task)
         run.vitals.changed = lambda: self._finish_if_idle(run)
         run.decreed = None
         agent = PodAgent(run.vitals)
         try:
-            await agent.listen(run.address, run.ports)
+            agent.listen(run.address, run.ports)
         except OSError as error:
             agent.close()
             run.stage, run.message = Stage.START_FAILED, f"cannot listen on {run.address}: {error}"
             self._later(run, self._timing.restart, self._start)
             self._listener.changed(run)
-            return
-        if run.stopping or run.stage is Stage.STOPPED:
-            agent.close()
             return
         run.agent = agent
         run.started()
@@ -200,6 +220,7 @@ class Lifecycle:
 
     @staticmethod
     def _cancel(run: PodRun) -> None:
+        run.turn += 1
         for timer in run.timers:
             timer.cancel()
         run.timers.clear()

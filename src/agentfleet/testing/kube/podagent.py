@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 _REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 503: "Service Unavailable"}
 _MAX_HEAD, _MAX_BODY = 65_536, 4 << 20
+_BACKLOG = 64
+_PAUSE = 1.0
+"""Seconds until somebody is let in again, after there was no descriptor left for them."""
 
 
 @dataclass(slots=True)
@@ -60,14 +64,20 @@ class Vitals:
 
 
 class PodAgent:
-    """Serves one pod's agent on its address and ports, until it is closed; then connections are refused."""
+    """Serves one pod's agent on its address and ports, until it is closed; then connections are refused.
+
+    It accepts by itself, because an `asyncio.Server` of Python before 3.13 that is closed while it accepts a connection
+    leaves it open for good (CPython's gh-109564): a pod that ends would keep its client waiting.
+    """
 
     def __init__(self, vitals: Vitals) -> None:
         self.vitals = vitals
-        self._servers: list[asyncio.Server] = []
+        self._listening: list[socket.socket] = []
+        self._arriving: set[asyncio.Task[object]] = set()
         self._open: set[_Conversation] = set()
+        self._closed = False
 
-    async def listen(self, address: str, ports: set[int]) -> None:
+    def listen(self, address: str, ports: set[int]) -> None:
         """Listen.
 
         Raises:
@@ -75,28 +85,66 @@ class PodAgent:
         """
         loop = asyncio.get_running_loop()
         for port in ports:
-            self._servers.append(await loop.create_server(self._converse, address, port, backlog=64))
+            listener = socket.create_server((address, port), backlog=_BACKLOG)
+            listener.setblocking(False)
+            self._listening.append(listener)
+            loop.add_reader(listener, self._accept, listener)
 
     def close(self) -> None:
-        """Stop listening and reset every connection."""
-        for server in self._servers:
-            server.close()
-        self._servers.clear()
+        """Stop listening and reset every connection, also one whose accepting is still under way."""
+        self._closed = True
+        for listener in self._listening:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+        self._listening.clear()
         for conversation in list(self._open):
             conversation.abort()
 
-    def _converse(self) -> _Conversation:
-        return _Conversation(self.vitals, self._open)
+    def begun(self, conversation: _Conversation) -> None:
+        """A connection was accepted, perhaps by an agent that has been closed since."""
+        if self._closed:
+            conversation.abort()
+        else:
+            self._open.add(conversation)
+
+    def over(self, conversation: _Conversation) -> None:
+        """A connection has ended."""
+        self._open.discard(conversation)
+
+    def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(_BACKLOG):
+            try:
+                client, _ = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError:  # no descriptor is left; the socket stays readable, so that the loop would turn and turn
+                loop.remove_reader(listener)
+                loop.call_later(_PAUSE, self._accept_again, listener)
+                return
+            client.setblocking(False)
+            task = loop.create_task(loop.connect_accepted_socket(lambda: _Conversation(self), client))
+            self._arriving.add(task)
+            task.add_done_callback(lambda ended, client=client: self._arrived(ended, client))  # type: ignore[misc]
+
+    def _accept_again(self, listener: socket.socket) -> None:
+        if not self._closed:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _arrived(self, task: asyncio.Task[object], client: socket.socket) -> None:
+        self._arriving.discard(task)
+        if task.cancelled() or task.exception() is not None:  # the loop ends, or fails: nobody else would close it
+            client.close()
 
 
 class _Conversation(asyncio.Protocol):
     """One connection: requests one after the other."""
 
-    __slots__ = ("_buffer", "_busy", "_open", "_transport", "_vitals")
+    __slots__ = ("_agent", "_buffer", "_busy", "_transport", "_vitals")
 
-    def __init__(self, vitals: Vitals, open_ones: set[_Conversation]) -> None:
-        self._vitals = vitals
-        self._open = open_ones
+    def __init__(self, agent: PodAgent) -> None:
+        self._agent = agent
+        self._vitals = agent.vitals
         self._buffer = b""
         self._busy = False
         self._transport: asyncio.Transport | None = None
@@ -105,11 +153,11 @@ class _Conversation(asyncio.Protocol):
         """Begin."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._open.add(self)
+        self._agent.begun(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the protocol's
         """End."""
-        self._open.discard(self)
+        self._agent.over(self)
 
     def abort(self) -> None:
         """Reset the connection."""

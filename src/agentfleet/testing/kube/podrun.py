@@ -20,6 +20,8 @@ class Stage(Enum):
     PULL_FAILED = "ErrImagePull"
     PULL_BACKOFF = "ImagePullBackOff"
     START_FAILED = "RunContainerError"
+    CONFIG_FAILED = "CreateContainerConfigError"
+    """A Secret or a ConfigMap is missing that its variables come from."""
     RUNNING = "Running"
     CRASHED = "Terminated"
     BACKOFF = "CrashLoopBackOff"
@@ -29,7 +31,14 @@ class Stage(Enum):
     """It has ended because the pod was deleted; the object may go."""
 
 
-_WAITING = {Stage.CREATING, Stage.PULL_FAILED, Stage.PULL_BACKOFF, Stage.START_FAILED, Stage.BACKOFF}
+_WAITING = {
+    Stage.CREATING,
+    Stage.PULL_FAILED,
+    Stage.PULL_BACKOFF,
+    Stage.START_FAILED,
+    Stage.CONFIG_FAILED,
+    Stage.BACKOFF,
+}
 
 
 class PodRun:
@@ -56,6 +65,10 @@ class PodRun:
         self.vitals = Vitals()
         self.agent: PodAgent | None = None
         self.timers: list[asyncio.TimerHandle] = []
+        self.missing: Mapping[int, str] = {}
+        """Why containers cannot be made, by their place; the others wait with them."""
+        self.turn = 0
+        """Grows when what was to come is called off: an answer that was asked for in an earlier turn comes too late."""
         self.sent: Mapping[str, Any] | None = None
         self._created = now()
         self._started = ""
@@ -135,7 +148,7 @@ class PodRun:
     def _container(self, index: int) -> dict[str, Any]:
         spec = self.view.spec.containers[index]
         leads = index == self.lead
-        state = self._state() if leads else self._neighbour()
+        state = self._state_of(index)
         restarts = self.restarts if leads else 0
         made = {
             "name": spec.name,
@@ -150,6 +163,13 @@ class PodRun:
         if "waiting" not in state or self._begun:
             made["containerID"] = self._container_id(index, restarts)
         return made
+
+    def _state_of(self, index: int) -> dict[str, Any]:
+        if self.stage is Stage.CONFIG_FAILED:
+            if (why := self.missing.get(index)) is None:
+                return {"waiting": {"reason": Stage.CREATING.value}}
+            return {"waiting": {"reason": self.stage.value, "message": why}}
+        return self._state() if index == self.lead else self._neighbour()
 
     def _state(self) -> dict[str, Any]:
         if self.stage in _WAITING:

@@ -26,12 +26,52 @@ class Port(_Slim, frozen=True):
     container_port: int
 
 
+class Reference(_Slim, frozen=True):
+    """A Secret or a ConfigMap of the pod's namespace, or one of its keys."""
+
+    name: str = ""
+    key: str = ""
+    optional: bool = False
+
+
+class Source(_Slim, frozen=True):
+    """spec.containers[].env[].valueFrom, as far as it names other objects."""
+
+    secret_key_ref: Reference | None = None
+    config_map_key_ref: Reference | None = None
+
+
+class Variable(_Slim, frozen=True):
+    """spec.containers[].env[]."""
+
+    value_from: Source | None = None
+
+
+class Variables(_Slim, frozen=True):
+    """spec.containers[].envFrom[]."""
+
+    secret_ref: Reference | None = None
+    config_map_ref: Reference | None = None
+
+
 class Container(_Slim, frozen=True):
     """spec.containers[]."""
 
     name: str
     image: str = ""
     ports: tuple[Port, ...] = ()
+    env: tuple[Variable, ...] = ()
+    env_from: tuple[Variables, ...] = ()
+
+    @property
+    def needs(self) -> list[tuple[str, Reference]]:
+        """What it cannot start without, with the kind of object: "secret" or "configmap"."""
+        found: list[tuple[str, Reference | None]] = []
+        for each in self.env_from:
+            found += [("configmap", each.config_map_ref), ("secret", each.secret_ref)]
+        for source in (each.value_from for each in self.env if each.value_from is not None):
+            found += [("configmap", source.config_map_key_ref), ("secret", source.secret_key_ref)]
+        return [(kind, named) for kind, named in found if named is not None and not named.optional]
 
 
 class Gate(_Slim, frozen=True):
@@ -79,6 +119,11 @@ class Pod(_Slim, frozen=True):
     def path(self) -> str:
         """Its path below the API server."""
         return f"/api/v1/namespaces/{self.metadata.namespace}/pods/{self.metadata.name}"
+
+    @property
+    def needs(self) -> bool:
+        """Whether any of its containers cannot start without a Secret or a ConfigMap."""
+        return any(each.needs for each in self.spec.containers)
 
     @property
     def ready(self) -> bool:

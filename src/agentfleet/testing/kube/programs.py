@@ -76,6 +76,20 @@ class Program:
             self._process.kill()
         self._process.wait(timeout)
 
+    def ended(self, within: float) -> int | None:
+        """Wait until it has ended, and kill it after so many seconds.
+
+        Returns:
+            Its exit status, negative if a signal ended it; None if it was never started.
+        """
+        if self._process is None:
+            return None
+        try:
+            return self._process.wait(within)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._process.returncode
+
     def check(self) -> None:
         """Raise if it has ended by itself."""
         self.trim()

@@ -143,7 +143,7 @@ class FaultProxy:
 
         Args:
             fault: What.
-            method: To requests of this method; "*" is any.
+            method: To requests of this method, or of one of several ("PATCH|POST"); "*" is any.
             path: To requests whose path and query contain this regular expression.
             times: How often; None is until it is cancelled.
             skip: How many such requests or events are let pass before.

@@ -119,6 +119,7 @@ class Injection:
         self.hits = 0
         """How often it has struck."""
         self._method = method
+        self._methods = frozenset(method.split("|"))
         self._path = re.compile(path)
         self._times = times
         self._skip = skip
@@ -131,7 +132,7 @@ class Injection:
 
     def wants(self, method: str, target: str) -> bool:
         """Whether it is about such requests, and not spent."""
-        return not self.spent and self._method in {"*", method} and self._path.search(target) is not None
+        return not self.spent and not self._methods.isdisjoint({"*", method}) and self._path.search(target) is not None
 
     def strike(self) -> bool:
         """Count one occasion; False while it is still to let some pass."""
