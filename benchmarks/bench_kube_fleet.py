@@ -107,26 +107,53 @@ async def _event(world: World, since: int, kind: str, instance: str | None = Non
 
 
 async def outage(world: World) -> None:
-    """The API server is killed; what comes to it afterwards, and how long until all is seen again."""
+    """The API server is killed; what comes to it afterwards, and how long until all is seen again.
+
+    Then the same with a Deployment that nobody manages: what the control plane needs by itself until its nodes count
+    as ready again, and their pods.
+    """
     async with world.fleet(spec("fleet", SIZE)) as (fleet, connection):
         await fleet.deploy(timeout=300)
         await fleet.ready(timeout=120)
         before = {each.id for each in fleet.instances}
-        world.plane.kill_apiserver()
-        await anyio.sleep(OUTAGE)
-        calls = connection.traffic.calls
-        await world.plane.restart_apiserver()
-        began = time.perf_counter()
-        await fleet.scale(SIZE + 20)
-        with anyio.fail_after(120):
-            while fleet.status()["good"] != SIZE + 20:
-                await anyio.sleep(LOOK)
-        seconds = time.perf_counter() - began
+        await _dead_apiserver(world)
+        calls, began = connection.traffic.calls, time.monotonic()
+        at: list[float] = []
+
+        async def look() -> None:
+            at.append(await world.at("fleet", SIZE + 20))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(look)
+            await fleet.scale(SIZE + 20)
+            with anyio.fail_after(120):
+                while fleet.status()["good"] != SIZE + 20:
+                    await anyio.sleep(LOOK)
+            seconds = time.monotonic() - began
         kept = len(before & {each.id for each in fleet.instances})
-        note = f"{connection.traffic.calls - calls} calls; {kept} of {SIZE} instances are the same"
-        world.say(f"converged after an outage of {OUTAGE:.0f} s", seconds, SIZE, note)
+        ours, calls = at[0] - began, connection.traffic.calls - calls
         await fleet.delete(timeout=300)
     await world.no_pods()
+
+    text = await world.plain("plain", SIZE)
+    await world.kubectl("apply", "-f", "-", given=text)
+    await world.at("plain", SIZE)
+    await _dead_apiserver(world)
+    began = time.monotonic()
+    await world.kubectl("scale", "deployment", "plain", f"--replicas={SIZE + 20}")
+    theirs = await world.at("plain", SIZE + 20) - began
+    await world.kubectl("delete", "-f", "-", given=text)
+    await world.no_pods()
+    note = f"the Deployment after {ours:.1f} s, one that nobody manages after {theirs:.1f} s"
+    note += f"; {calls} calls; {kept} of {SIZE} instances are the same"
+    world.say(f"converged after an outage of {OUTAGE:.0f} s", seconds, SIZE, note)
+
+
+async def _dead_apiserver(world: World) -> None:
+    """An outage; returns when the API server answers again."""
+    world.plane.kill_apiserver()
+    await anyio.sleep(OUTAGE)
+    await world.plane.restart_apiserver()
 
 
 # ---------------------------------------------------------------------------------------------------- busy

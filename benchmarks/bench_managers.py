@@ -50,6 +50,8 @@ FLEETS, SIZE = 6, 8
 EVERY = 20.0
 FROZEN = 60.0
 ASKERS = 6
+SEEN_WITHIN = 2.0
+"""Seconds within which a watch shows what was written, on a machine that has all of this to do."""
 Row = dict[str, object]
 LeaseKind = Literal["kubernetes", "database"]
 
@@ -322,7 +324,8 @@ def unasked(story: list[Told], asked: list[int], decided: list[tuple[float, int]
     """Sizes that nobody asked for.
 
     A fleet that shrinks may pass others on its way down, as its governor admits: on the way to what was decided last
-    when the size before was told, or to what has been decided since.
+    when the size before was told, or to what has been decided since. A size is told up to `SEEN_WITHIN` seconds before
+    it is seen here.
 
     Args:
         story: Each size that the Deployment was told, in order.
@@ -331,8 +334,9 @@ def unasked(story: list[Told], asked: list[int], decided: list[tuple[float, int]
     """
     found = []
     for before, told in pairwise([Told(0.0, max(asked), 0), *story]):
-        in_force = [size for at, size in decided if at <= before.at][-1:]
-        in_force += [size for at, size in decided if before.at < at <= told.at]
+        since = before.at - SEEN_WITHIN
+        in_force = [size for at, size in decided if at <= since][-1:]
+        in_force += [size for at, size in decided if since < at <= told.at]
         in_force += [size for at, size in decided if at > told.at][:1]  # it may be told before it is recorded
         on_its_way = told.size < before.size and any(size < told.size for size in in_force)
         if told.size not in asked and not on_its_way:
@@ -345,7 +349,8 @@ def look_back(there: Platform, ends: Counter[str]) -> Found:
     with SqlJournal(there.journal_url) as journal:
         events = list(journal.read())
     scaled = [each for each in events if each.kind == "fleet.scaled"]
-    strange: list[Any] = [each for each in scaled if each.data.get("by") != "operator"]
+    strange: list[Any] = [each for each in scaled if not _as_asked(each, there.asked.sizes)]
+    strange += [each for each in events if each.kind == "fleet.foreign_change"]  # nobody else is there
     for name, story in there.seen.items():
         decided = [(each.at, each.data["to"]) for each in scaled if each.fleet == name]
         strange += [(name, size) for size in unasked(story, there.asked.sizes[name], decided)]
@@ -359,6 +364,11 @@ def look_back(there: Platform, ends: Counter[str]) -> Found:
         sum(later < sooner for story in epochs for sooner, later in pairwise(story)),
         strange,
     )
+
+
+def _as_asked(scaled: Event, asked: dict[str, list[int]]) -> bool:
+    """Whether a change of size is one that a client asked for."""
+    return scaled.data["by"] == "operator" and scaled.data["to"] in asked[scaled.fleet]
 
 
 def after(there: Platform, events: list[Event], kind: str, until: str) -> list[float]:

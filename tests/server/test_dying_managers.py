@@ -55,6 +55,14 @@ def test_sizes_on_the_way_down_are_no_strange_ones() -> None:
     assert bench_managers.unasked(told(8, 7, 5, 4, 10, 6, 4), [8, 4, 10], decided) == []
 
 
+def test_a_size_may_be_seen_later_than_what_overtook_it() -> None:
+    """10 is told on the way from 12 to 4 at 1.1, then 12 is decided on at 1.3, and both are seen at 1.4."""
+    story = [bench_managers.Told(at, size, 1) for at, size in ((0.0, 12), (1.4, 11), (1.45, 10), (1.5, 12))]
+    assert bench_managers.unasked(story, [12, 4], [(1.0, 4), (1.3, 12)]) == []
+    late = [told._replace(at=told.at + 10) for told in story]
+    assert bench_managers.unasked(late, [12, 4], [(1.0, 4), (1.3, 12)]) == [11, 10], "not ten seconds later"
+
+
 def test_a_size_that_nobody_decided_on_is_a_strange_one() -> None:
     asked = [8, 4, 10]
     assert bench_managers.unasked(told(8, 9), asked, []) == [9], "nobody grows by steps"

@@ -96,6 +96,7 @@ class FakeKubelet(NodeFaults):
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
+            stack.callback(self.addresses.close)
             await stack.enter_async_context(self._api)
             try:
                 with anyio.fail_after(self._timeout):

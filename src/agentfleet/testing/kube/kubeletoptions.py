@@ -27,7 +27,7 @@ class KubeletOptions:
         status_period: Between two reports of a node's status.
         sync_period: Between two comparisons of what was reported of the pods with what is so.
         addresses: The network that nodes and pods get theirs from, all of it on loopback. By default one of
-            127.16.0.0/16 to 127.250.0.0/16, at random, so that several kubelets do not meet.
+            127.16.0.0/16 to 127.250.0.0/16 that no other kubelet of this machine has.
         writers: How many writes to the API server may be under way at once.
         events: Whether Warning events are written, as a kubelet does.
         remove: Whether nodes and their pods are deleted at the end.
