@@ -95,11 +95,11 @@ async def ledger(plane: ControlPlane, namespace: str) -> AsyncIterator[Ledger]:
 
         async def follow() -> None:
             while True:
-                _, body = await api.send("GET", path)
-                listed = json.loads(body)
-                kept.see_all(listed["items"])
-                version = listed["metadata"]["resourceVersion"]
                 try:
+                    _, body = await api.send("GET", path)
+                    listed = json.loads(body)
+                    kept.see_all(listed["items"])
+                    version = listed["metadata"]["resourceVersion"]
                     async for line in api.lines(f"{path}?watch=1&resourceVersion={version}", silence=600):
                         event = json.loads(line)
                         if event["type"] == "ERROR":

@@ -6,6 +6,9 @@ the whole control plane is away for that long, the manager is one that has no le
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import anyio
 import pytest
 
@@ -14,8 +17,15 @@ pytest.importorskip("kubernetes_asyncio")
 from tests.kube.faulty import LEAST, SIZE, Faulty, impatient, on, resized, until, upgraded
 from tests.kube.world import spec
 
-from agentfleet import Fleet
-from agentfleet.testing.kube import ControlPlane, drop_event, duplicate_event, expired_event, swap_events
+from agentfleet import Fleet, RolloutPolicy
+from agentfleet.testing.kube import (
+    ControlPlane,
+    PlaneOptions,
+    drop_event,
+    duplicate_event,
+    expired_event,
+    swap_events,
+)
 
 pytestmark = [pytest.mark.slow]  # not `integration`: a restarted API server is a new child process
 
@@ -24,6 +34,17 @@ pytestmark = [pytest.mark.slow]  # not `integration`: a restarted API server is 
 def plane(mortal_plane: ControlPlane) -> ControlPlane:
     """The control plane that may be hurt."""
     return mortal_plane
+
+
+@pytest.fixture
+def hasty_plane(kube_assets: Path) -> Iterator[ControlPlane]:
+    """One that takes nodes for lost when it has not heard of them for 8 s, also after it was away itself."""
+    made = ControlPlane(PlaneOptions(node_grace=8), assets=kube_assets)
+    anyio.run(made.start)
+    try:
+        yield made
+    finally:
+        anyio.run(made.stop)
 
 
 def test_a_watch_that_is_silent_is_noticed_and_what_it_hid_is_found(
@@ -132,3 +153,30 @@ def test_an_etcd_that_stops_for_a_while_costs_no_instance(plane: ControlPlane) -
         await there.ends_as_without_faults()
 
     on(plane, test, leases=False, like=resized)
+
+
+def test_nodes_that_an_outage_made_look_lost_cost_no_instance(hasty_plane: ControlPlane) -> None:
+    """Scenario 13: an outage that is longer than nodes may be silent; the control plane, back, takes all for lost."""
+
+    async def test(there: Faulty) -> None:
+        async with there.fleet(spec(SIZE, rollout=RolloutPolicy(progress_deadline=10.0))) as fleet:
+            await fleet.deploy(timeout=60)
+            there.pods.begin()
+            nodes, pods = list(there.kubelet.nodes.by_name), there.pods_of(fleet)
+            hasty_plane.kill_apiserver()
+            for node in nodes:  # else a lease may be renewed before anybody looks at it
+                await there.kubelet.node_gone(node)
+            await anyio.sleep(12)
+            await hasty_plane.restart_apiserver()
+            await until(lambda: there.pods.least == 0)  # pods of nodes that count as lost are not ready
+            await there.kubelet.unready(*pods[:2])  # of all at once nobody would believe it
+            for node in nodes:
+                await there.kubelet.node_back(node)
+            await anyio.sleep(5)  # a node's lease is there at once, its word about each pod takes longer
+            await there.kubelet.heal(*pods[:2])
+            await fleet.ready(timeout=60)
+            await anyio.sleep(5)
+            state = await there.outcome()
+            assert (state.created, state.end.ready) == (SIZE, SIZE), "all were left alone"
+
+    on(hasty_plane, test, leases=False)
