@@ -121,6 +121,27 @@ async def test_a_hang_ends_by_time_by_cure_and_by_restart() -> None:
 
 
 @virtual
+async def test_unready_ends_by_time_by_cure_and_with_every_fault() -> None:
+    async with running() as (backend, _):
+
+        def ready() -> list[bool]:
+            return [each.ready for each in sorted(backend.instances(FLEET), key=lambda each: each.id)]
+
+        backend.faults.unready("a", seconds=10)
+        assert backend.faults.unready() == 3
+        backend.faults.unready("b", seconds=10)
+        await anyio.sleep(5)
+        assert ready() == [False] * 3
+        assert (await probe(backend, "a")).ok
+        await anyio.sleep(10)
+        assert ready() == [False, True, False]
+        assert backend.faults.cure("a") == 1
+        assert ready() == [True, True, False]
+        backend.faults.clear()
+        assert ready() == [True] * 3
+
+
+@virtual
 async def test_a_renewed_fault_is_not_ended_by_the_first_ones_time() -> None:
     async with running() as (backend, _):
         backend.faults.unhealthy("a", seconds=10)
