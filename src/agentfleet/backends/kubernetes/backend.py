@@ -32,6 +32,7 @@ from agentfleet.backends.kubernetes.pods import Written, usage_of
 from agentfleet.backends.kubernetes.removal import delete_listed
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, POD_METRICS, PODS, decode, version_of
 from agentfleet.backends.kubernetes.sending import merge, metadata_in, send, version_in
+from agentfleet.backends.kubernetes.sharing import Shared
 from agentfleet.backends.kubernetes.sight import Sight
 from agentfleet.backends.kubernetes.standing import Standing, check_size, standing
 from agentfleet.core.fence import Fence
@@ -78,17 +79,10 @@ class KubernetesBackend:
         self._configurations: dict[str, Configuration] = {}
         self._announcer: Announcer | None = None
         self._stack = AsyncExitStack()
-        self._users = 0
+        self._shared = Shared(self._open, self._close)
 
     async def __aenter__(self) -> Self:
-        self._users += 1
-        if self._users > 1:
-            return self
-        try:
-            await self._open()
-        except BaseException:
-            self._users -= 1
-            raise
+        await self._shared.enter()
         return self
 
     async def _open(self) -> None:
@@ -102,16 +96,19 @@ class KubernetesBackend:
             self._informers = sight.informers
             version = json.loads(await connection.request("GET", "/version"))
             self._api = ApiVersions.discovered(version, json.loads(await connection.request("GET", "/apis")))
-            self._sight = await stack.enter_async_context(sight)
+            await stack.enter_async_context(sight)
             self._announcer = await stack.enter_async_context(Announcer(connection, self._regarding))
-            self._stack = stack.pop_all()
+            self._sight, self._stack = sight, stack.pop_all()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._users -= 1
-        if self._users == 0:
+        await self._shared.leave()
+
+    async def _close(self) -> None:
+        try:
             await self._stack.aclose()
+        finally:
             self._sight = None
 
     @property
