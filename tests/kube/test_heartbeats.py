@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agentfleet.backends.kubernetes.heartbeats import Heartbeats
 
@@ -111,3 +116,52 @@ def test_a_node_that_comes_back_is_not_lost() -> None:
     assert not beats.lost(120.0)
     beats.gone("n7")
     assert not beats.lost(121.0)
+
+
+def one_dies(phases: list[float], *, seed: int = 0, dies: float = 200.0) -> dict[str, float]:
+    """Nodes with heartbeats at these moments of each period, and 4 % later each time, as kubelets send them.
+
+    Returns:
+        When each was called lost, in seconds after its last heartbeat; the first dies.
+    """
+    rng = random.Random(seed)
+    sent: list[tuple[float, str]] = []
+    for number, phase in enumerate(phases):
+        at = phase
+        while at < (dies if number == 0 else dies + 60):
+            sent.append((at, f"n{number}"))
+            at += PERIOD * (1 + 0.04 * rng.random())
+    beats = Heartbeats(GRACE)
+    beats.listed({node for _, node in sent}, 0.0)
+    last: dict[str, float] = {}
+    lost: dict[str, float] = {}
+    due = sorted(sent, reverse=True)
+    for tick in range(int(dies) + 60):
+        while due and due[-1][0] <= tick:
+            at, node = due.pop()
+            beats.beat(node, at)
+            last[node] = at
+        for node in beats.lost(float(tick)):
+            lost.setdefault(node, tick - last[node])
+    return lost
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 20])
+def test_a_node_that_dies_is_known_however_few_there_are(count: int) -> None:
+    """Evenly spaced, as nodes that were started one after the other."""
+    lost = one_dies([number * PERIOD / count for number in range(count)])
+    assert lost.keys() == {"n0"}
+    assert GRACE < lost["n0"] < 20 + 2 * (count == 2)  # a first pause of 10 s instead of 5 is doubted
+
+
+@given(phases=st.lists(st.floats(0, 9.9), min_size=2, max_size=12), seed=st.integers(0, 99))
+def test_a_node_that_dies_is_known_whenever_the_others_send(phases: list[float], seed: int) -> None:
+    """Kubelets that were started together send within the same second of ten."""
+    lost = one_dies(phases, seed=seed)
+    assert lost.keys() == {"n0"}
+    assert GRACE < lost["n0"] < GRACE + PERIOD
+
+
+def test_of_a_single_node_nothing_is_said() -> None:
+    """Nobody's heartbeat comes then, which says as much about our sight as about the node."""
+    assert one_dies([3.0]) == {}
