@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -37,6 +38,8 @@ RETRY = (0.2, 10.0)
 _ASIDE = 5.0
 """Seconds that a manager stands aside after it has handed a fleet over; others look at a free lease within one."""
 _PAGE = 1000
+_AWAY = (BackendUnavailable, DeadlineExceeded)
+"""What a store raises that cannot be reached now."""
 _T = TypeVar("_T")
 Ended = Callable[[Operation], None]
 """Told of an operation whose outcome is known."""
@@ -140,16 +143,19 @@ class Managed:
                 log.warning("fleet %s stays closed: %s", self.record.name, self.trouble)
                 await self._changed.wait()
                 continue
+            opened_at = math.inf
             try:
-                async with self._opened(self.record) as fleet:
-                    pause = RETRY[0]
-                    async with anyio.create_task_group() as tasks:
-                        tasks.start_soon(self._lead, fleet)
-                        await self._changed.wait()
-                        tasks.cancel_scope.cancel()
+                async with self._opened(self.record) as fleet, anyio.create_task_group() as tasks:
+                    opened_at = self._clock.now()
+                    tasks.start_soon(self._lead, fleet)
+                    await self._changed.wait()
+                    tasks.cancel_scope.cancel()
+                pause = RETRY[0]
                 continue
             except Exception as error:  # noqa: BLE001 - whatever it is, the other fleets go on
                 self._note(error)
+            if self._clock.now() - opened_at > RETRY[1]:  # it held for a while, so what failed is something else
+                pause = RETRY[0]
             with anyio.move_on_after(pause * (0.5 + random.random() / 2)):  # noqa: S311 - jitter
                 await self._changed.wait()
             pause = min(RETRY[1], pause * 2)
@@ -279,8 +285,8 @@ class Managed:
     async def _finish(self, fleet: Fleet, operation: Operation) -> None:
         """Wait for the end of an operation, and write down which one it was; whoever leads next waits on."""
         with suppress(NotLeader):
-            try:
-                outcome = await carrying.finish(fleet, operation)
+            try:  # a journal that takes nothing (a deletion is said here) is no end of an operation
+                outcome = await self._until_kept(lambda: carrying.finish(fleet, operation), passing=(JournalError,))
             except NotLeader:
                 raise
             except AgentFleetError as error:
@@ -319,7 +325,9 @@ class Managed:
     async def _fresh(self, id: str) -> Operation:
         return await self._until_kept(lambda: self._records.operation(id))
 
-    async def _until_kept(self, call: Callable[[], Awaitable[_T]]) -> _T:
+    async def _until_kept(
+        self, call: Callable[[], Awaitable[_T]], *, passing: tuple[type[AgentFleetError], ...] = _AWAY
+    ) -> _T:
         """Ask the store, again and again while it cannot be reached; ends with the term at the latest."""
         pause = RETRY[0]
         while True:
@@ -327,7 +335,7 @@ class Managed:
                 return await call()
             except RecordUnreadable:
                 raise  # it will not be otherwise as long as this version runs
-            except (BackendUnavailable, DeadlineExceeded) as error:
+            except passing as error:
                 log.warning("fleet %s: %s; trying again", self.record.name, error)
             await self._clock.sleep(pause * (0.5 + random.random() / 2))  # noqa: S311 - jitter
             pause = min(RETRY[1], pause * 2)

@@ -195,11 +195,13 @@ class Reign:
                 self._note_beginning(runtime, term)
                 try:
                     async with runtime:
-                        with self._pausable():
-                            self._seat(runtime, term)
-                            await term.ended()
-                        self._acting = False
-                        self._waiting.beat()
+                        try:
+                            with self._pausable():
+                                self._seat(runtime, term)
+                                await term.ended()
+                        finally:  # before those hear of its end who wait for something in it
+                            self._acting = False
+                            self._waiting.beat()
                 finally:  # also when it is cancelled, as on SIGTERM
                     if self._leaving and term.valid:
                         self._note_leaving(runtime, term)

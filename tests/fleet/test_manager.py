@@ -17,7 +17,10 @@ from agentfleet import (
     Conflict,
     CpuTarget,
     DeadlineExceeded,
+    Fleet,
+    JournalError,
     MemoryBackend,
+    MemoryJournal,
     NotFound,
     OperationRefused,
     Phase,
@@ -25,6 +28,7 @@ from agentfleet import (
     ScalingPolicy,
     SpecError,
 )
+from agentfleet.events import Event
 from agentfleet.manager import FleetManager
 from agentfleet.operations import Caller, Kind, Operation, Status
 from agentfleet.stores.fleets import Picture
@@ -344,6 +348,68 @@ async def test_a_store_that_is_down_stops_nothing_that_runs() -> None:
         assert done.status is Status.SUCCEEDED
         assert manager.health().ready
         assert set(before) <= {each.id for each in fleet.instances}
+
+
+class Unwritable(MemoryJournal):
+    """A journal that takes nothing for a while: from one of its writes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.takes: int | None = None
+        """How many more writes it takes; None is all."""
+        self.refused = 0
+
+    def append(self, event: Event) -> Event:
+        if self.takes == 0:
+            self.refused += 1
+            raise JournalError("simulated: the journal takes nothing")
+        if self.takes is not None:
+            self.takes -= 1
+        return super().append(event)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("takes", [0, 1, 2, 8])
+@virtual
+async def test_an_outage_of_the_journal_ends_no_deletion(takes: int, shared: bool) -> None:
+    there = Platform()
+    there.journal = journal = Unwritable()
+    async with there.manager(leases=there.leases if shared else None) as manager:
+        fleet = (await manager.finished((await manager.create(spec(3))).id)).fleet
+        await until(lambda: there.store.status(fleet)["good"] == 3)
+        asked = await manager.request("a", Kind.DELETE)
+        journal.takes = takes
+        await anyio.sleep(60)
+        assert there.store.kept(asked.id).status is Status.RUNNING
+        assert 2 < journal.refused < 30, "it is tried again and again, and not all the time"
+        journal.takes = None
+        done = await manager.finished(asked.id, timeout="1m")
+        assert (done.status, dict(done.outcome)) == (Status.SUCCEEDED, {"begun": True})
+        with pytest.raises(NotFound):
+            await manager.get("a")
+        await until(partial(idle, manager))
+    assert not there.backend.instances("a")
+
+
+@virtual
+async def test_a_deletion_that_has_failed_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Platform()
+
+    async def refuse(fleet: Fleet) -> None:
+        raise OperationRefused(f"fleet {fleet.name} cannot be deleted now")
+
+    async with there.manager() as manager:
+        await manager.finished((await manager.create(spec(3))).id)
+        with monkeypatch.context() as patch:
+            patch.setattr(Fleet, "delete", refuse)
+            done = await there.ask(manager, Kind.DELETE)
+        assert (done.status, done.outcome["message"]) == (Status.FAILED, "fleet a cannot be deleted now")
+        with pytest.raises(OperationRefused, match="delete it again"):
+            await manager.request("a", Kind.STOP)
+        done = await there.ask(manager, Kind.DELETE)
+        assert done.status is Status.SUCCEEDED
+        with pytest.raises(NotFound):
+            await manager.get("a")
 
 
 @virtual

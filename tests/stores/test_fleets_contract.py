@@ -194,6 +194,21 @@ async def test_a_fleet_that_is_being_deleted_takes_nothing_more(records: FleetRe
         await records.submit(ask(gone, Kind.SCALE))
 
 
+async def test_a_deletion_that_has_failed_may_be_asked_for_again(records: FleetRecords) -> None:
+    new, _ = await made(records)
+    failed = await records.submit(ask(new, Kind.DELETE))
+    await records.advance(replace(failed.moved(Status.RUNNING, NOW).moved(Status.FAILED, NOW, error="X"), epoch=1))
+    assert (await records.find(new.id)).deleting
+    with pytest.raises(OperationRefused, match="delete it again"):
+        await records.submit(ask(new, Kind.SCALE))
+    again = await records.submit(ask(new, Kind.DELETE), expect=1)
+    assert [each.id for each in (await records.operations(new.id))[:2]] == [again.id, failed.id]
+    await records.advance(replace(again.moved(Status.RUNNING, NOW), epoch=1))
+    for kind in (Kind.SCALE, Kind.DELETE):
+        with pytest.raises(OperationRefused, match="being deleted"):
+            await records.submit(ask(new, kind))
+
+
 async def test_pages_of_fleets_and_operations(records: FleetRecords) -> None:
     for name in ("c", "a", "b"):
         await made(records, name)

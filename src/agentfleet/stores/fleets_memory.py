@@ -56,7 +56,9 @@ class MemoryFleets:
         if (earlier := await self.earlier(operation.by)) is not None:
             return same_request(earlier, operation)
         record = await self.find(operation.fleet)
-        check_submission(record, expect, asked)
+        own = (each for each in self._operations.values() if each.fleet == record.id)
+        deletes = record.deleting and any(each.kind is Kind.DELETE and each.open for each in own)
+        check_submission(record, operation.kind, expect, asked, deletes=deletes)
         deleting = operation.kind is Kind.DELETE
         if spec is not None:
             record = replace(record, spec=spec, generation=record.generation + 1)
@@ -221,10 +223,14 @@ def same_request(kept: Operation, asked: Operation) -> Operation:
     return kept
 
 
-def check_submission(record: FleetRecord, expect: int | None, asked: int | None) -> None:
-    """Raise unless a fleet takes an operation; see `FleetRecords.submit`."""
-    if record.deleting:
+def check_submission(record: FleetRecord, kind: Kind, expect: int | None, asked: int | None, *, deletes: bool) -> None:
+    """Raise unless a fleet takes an operation; see `FleetRecords.submit`. `deletes`: one is open that deletes it."""
+    if deletes:
         raise OperationRefused(f"fleet {record.name} is being deleted")
+    if record.deleting and kind is not Kind.DELETE:
+        raise OperationRefused(
+            f"fleet {record.name} is to be deleted, and could not be; its last operation says why: delete it again"
+        )
     if expect is not None and record.generation != expect:
         raise Conflict(
             f"fleet {record.name} is at generation {record.generation}, not {expect}: somebody else was first; read it "

@@ -103,7 +103,8 @@ class SqlFleetRecords:
             if (earlier := await _earlier(connection, operation.by)) is not None:
                 return same_request(earlier, operation)
             record = await _found(connection, operation.fleet)
-            check_submission(record, expect, asked)
+            deletes = record.deleting and await _deletes(connection, record.id)
+            check_submission(record, operation.kind, expect, asked, deletes=deletes)
             if spec is not None or operation.kind is Kind.DELETE:
                 await self._change(connection, record, spec, change, deleting=operation.kind is Kind.DELETE)
             kept = await self._keep(connection, operation, change)
@@ -333,6 +334,12 @@ async def _found(connection: AsyncConnection, id: str) -> FleetRecord:
     record = record_of(row)
     last = (await connection.execute(_LAST.where(OPERATIONS.c.fleet == row.id))).one_or_none()
     return record if last is None else replace(record, asked=last.asked, pending=last.progress == Status.ACCEPTED)
+
+
+async def _deletes(connection: AsyncConnection, id: str) -> bool:
+    """Whether an operation that deletes a fleet is open."""
+    which = (OPERATIONS.c.fleet == uuid.UUID(id)) & (OPERATIONS.c.kind == Kind.DELETE) & OPERATIONS.c.status.in_(OPEN)
+    return (await connection.execute(select(OPERATIONS.c.id).where(which).limit(1))).scalar() is not None
 
 
 async def _named(connection: AsyncConnection, name: str) -> Any:
