@@ -34,6 +34,7 @@ from agentfleet.errors import (
     RolloutFailed,
     SpecError,
 )
+from agentfleet.operations import Operation
 from agentfleet.server.admission import Admission
 from agentfleet.server.limits import Limits
 from agentfleet.server.problems import fields_of, refusal_of
@@ -596,6 +597,37 @@ async def test_a_wait_ends_when_the_server_leaves(tmp_path: Path) -> None:
             here.leaving.begin()
         assert (await here.ask("GET", "/readyz")).status == 503
         assert (await here.ask("GET", "/livez")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (BackendUnavailable("the database is away"), 503, "unavailable"),
+        (DeadlineExceeded("the database does not answer"), 504, "deadline-exceeded"),
+        (NotFound("it was removed meanwhile"), 404, "not-found"),
+    ],
+)
+async def test_a_wait_that_cannot_go_on_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: AgentFleetError, status: int, kind: str
+) -> None:
+    async with world(tmp_path) as here:
+        await here.cluster()
+        here.backend.behave(version="2", never_ready=True)
+        asked = await here.ask("POST", f"{CLUSTERS}/a/deploy", {"version": "2"})
+        look, looks = here.manager.operation, 0
+
+        async def once(id: str, **_: Any) -> Operation:
+            nonlocal looks
+            looks += 1
+            if looks > 1:
+                raise error
+            return await look(id)
+
+        for name in ("operation", "finished"):  # it is looked at before it is waited for
+            monkeypatch.setattr(here.manager, name, once)
+        reply = await here.ask("GET", f"/api/v1/operations/{asked.json['operation_id']}?wait=60s")
+        assert (reply.status, reply.kind) == (status, kind)
+        assert here.app.state.api.waits.open == 0
 
 
 async def test_who_waits_takes_no_place_of_those_who_are_answered(tmp_path: Path) -> None:

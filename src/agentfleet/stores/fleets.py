@@ -188,8 +188,8 @@ class FleetRecords(Protocol):
         """Keep an operation on a fleet, and its new spec if it has one; returns it as it is kept. Keys as in `create`.
 
         Args:
-            operation: `Kind.DELETE` also marks the fleet as being deleted: it takes nothing more from then on, but another
-                `Kind.DELETE` if that one has failed.
+            operation: `Kind.DELETE` also marks the fleet as being deleted: it takes nothing more from then on, except
+                another `Kind.DELETE` if that one has failed.
             spec: The fleet's spec from now on; its generation rises.
             expect: The generation that this is based on; None takes any.
             asked: `FleetRecord.asked` of the state that this is based on; None takes any.

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Query
 from starlette.responses import Response
 
 from agentfleet.carrying import changed
-from agentfleet.errors import DeadlineExceeded, NotFound
+from agentfleet.errors import AgentFleetError, DeadlineExceeded, NotFound
 from agentfleet.operations import Kind, Operation
 from agentfleet.rest.answers import Accepted, OperationAnswer, OperationPage, Scaling
 from agentfleet.rest.base import FieldError
@@ -31,6 +31,7 @@ from agentfleet.server.answering import (
     reply,
 )
 from agentfleet.server.bodies import Gone
+from agentfleet.server.context import Api
 from agentfleet.server.cursors import cursor, number_after
 from agentfleet.server.describing import problems
 from agentfleet.server.problems import Refusal
@@ -165,12 +166,14 @@ async def _wait(asked: Asked, operation: Operation, wait: str) -> Operation:
     Raises:
         Refusal: Too many wait already.
         Gone: Whoever asked does not wait any more.
+        AgentFleetError: The store cannot tell, or there is no such operation any more.
     """
     api, who = asked.api, asked.principal.credential
     seconds = min(_seconds(wait), api.limits.wait)
     api.waits.check(who)
     asked.exchange.lasting(seconds)
     found, gone = operation, False
+    failed: AgentFleetError | None = None
     with api.waits.taken(who):
         async with anyio.create_task_group() as tasks:
 
@@ -188,13 +191,22 @@ async def _wait(asked: Asked, operation: Operation, wait: str) -> Operation:
             tasks.start_soon(leave)
             tasks.start_soon(notice)
             try:
-                found = await api.manager.finished(operation.id, timeout=seconds)
-            except DeadlineExceeded:
-                found = await api.manager.operation(operation.id)
+                found = await _ended(api, operation.id, seconds)
+            except AgentFleetError as error:  # raised outside, so that it is no group
+                failed = error
             tasks.cancel_scope.cancel()
     if gone:
         raise Gone
+    if failed is not None:
+        raise failed
     return found
+
+
+async def _ended(api: Api, id: str, seconds: float) -> Operation:
+    try:
+        return await api.manager.finished(id, timeout=seconds)
+    except DeadlineExceeded:
+        return await api.manager.operation(id)
 
 
 def _seconds(wait: str) -> float:
