@@ -376,6 +376,21 @@ async def test_what_delivers_for_a_fleet_ends_with_it(tmp_path: Path, monkeypatc
                     pass
 
 
+async def test_a_manager_that_has_left_sends_agents_on_to_another(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.cluster("a")
+        agent = here.ask.by(await token_of(here))
+    for method, path, body in (
+        ("GET", STREAM, None),
+        ("GET", FETCH, None),
+        ("POST", ACKS, {"instance": "i1", "revision": 0}),
+    ):
+        refused = await agent(method, path.format("a"), body)
+        assert (refused.status, refused.kind) == (503, "unavailable")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "another manager" in refused.json["detail"]
+
+
 async def test_a_delivery_whose_start_was_cancelled_is_begun_by_the_next_who_asks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

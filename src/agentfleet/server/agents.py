@@ -13,7 +13,14 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from agentfleet.delivery import ConfigDelivery
-from agentfleet.errors import AgentFleetError, BackendUnavailable, DeadlineExceeded, NotFound, RecordUnreadable
+from agentfleet.errors import (
+    AgentFleetError,
+    BackendUnavailable,
+    DeadlineExceeded,
+    NotFound,
+    OperationRefused,
+    RecordUnreadable,
+)
 from agentfleet.server import config, problems
 from agentfleet.server.context import Api
 from agentfleet.server.crowds import Crowds, pace_of
@@ -73,7 +80,10 @@ class AgentsApp(config.ConfigApp):
         who = f"{exchange.principal.credential} {record.name}"
         limit(self._api, exchange, f"{who} {instance}", rates=self._rates)
         limit(self._api, exchange, who, rates=self._rates, times=pace_of(record))
-        delivery = self._deliveries[record.name] = await self._api.manager.delivery(record.name)
+        try:
+            delivery = self._deliveries[record.name] = await self._api.manager.delivery(record.name)
+        except OperationRefused as error:  # it has left, and answers on for those who have not noticed
+            raise problems.later(503, "unavailable", str(error)) from error
         await self._crowds.admit(record, delivery.book, instance)
 
     async def _admit_again(self, scope: AsgiScope, cluster: str, instance: str) -> None:
