@@ -304,13 +304,17 @@ class ConfigStore:
             newest = before.revision if before is not None else 0
             if (done := await self._requested(key, text, why)) is not None:  # since the last look, but not since this
                 raise Done(done)
-            # `expect` too: if it arrived only just after `newest` was read, it must not be used twice
-            number = max(newest, expect or 0, self._floor(key)) + 1
+            if expect not in (None, newest):  # also where it lands just now: what is built here is built upon `before`
+                raise ConfigConflict(
+                    f"configuration {key!r} is at revision {newest}, not {expect}: another writer was first; "
+                    "read the newest revision, merge your change into it, and publish again"
+                )
+            number = max(newest, self._floor(key)) + 1
             said = (key, number, text, self._clock.now(), why.author, why.reason, why.restores, why.origin)
             base = 0 if why.rollout is None else await self._base(key, before)
             revision = ConfigRevision(*said, "" if before is None else before.hash, why.steps, base, why.request)
             try:
-                await self._ask(self._records.append(revision, expect=newest if expect is None else expect))
+                await self._ask(self._records.append(revision, expect=newest))
             except ConfigConflict:
                 if expect is not None or attempt == _TRIES - 1:
                     raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
 import anyio
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
+from agentfleet.configspec import ConfigRollout
 from agentfleet.configstore import ConfigStore
 from agentfleet.core.documents import check, diff, write_path
 from agentfleet.errors import (
@@ -124,6 +125,49 @@ async def test_compare_and_set_tells_the_loser() -> None:
     assert all("'a' is at revision 2, not 1" in loser for loser in losers)
     assert len(await store.history("a")) == 2
     assert [e.data["conflict"] for e in journal.read() if e.kind == "config.rejected"] == [True] * 9
+
+
+class OvertakenRecords(MemoryConfig):
+    """Where somebody else publishes just after the newest revision was read."""
+
+    other: Callable[[], Awaitable[object]] | None = None
+
+    async def newest(self, key: str) -> ConfigRevision | None:
+        found = await super().newest(key)
+        other, self.other = self.other, None
+        if other is not None:
+            await other()
+        return found
+
+
+@pytest.mark.parametrize("expect", [1, 2, 3])
+async def test_a_revision_that_lands_amid_a_put_is_never_built_around(expect: int) -> None:
+    """Whatever is expected, what is stored holds the hash of the revision before it."""
+    records, journal = OvertakenRecords(), MemoryJournal()
+    store = ConfigStore(records, journal=journal)
+    await store.put("a", {"n": 1}, **WHY)
+    records.other = lambda: store.put("a", {"n": 2}, expect=1, **WHY)
+    with pytest.raises(ConfigConflict, match=f"not {expect}"):
+        await store.put("a", {"n": 3}, expect=expect, **WHY)
+    assert await store.verify("a") == 2
+    stored = await store.put("a", {"n": 3, "more": True}, expect=2, **WHY)
+    assert (stored.revision, stored.previous) == (3, (await store.get("a", 2)).hash)
+    assert await store.verify("a") == 3
+
+
+@pytest.mark.parametrize("expect", [None, 2])
+async def test_a_revision_that_lands_amid_a_put_is_what_a_rollout_goes_back_to(expect: int | None) -> None:
+    records = OvertakenRecords()
+    store = ConfigStore(records)
+    await store.put("a", {"n": 1}, **WHY)
+    records.other = lambda: store.put("a", {"n": 2}, **WHY)
+    rings = ConfigRollout()
+    try:
+        stored = await store.put("a", {"n": 3}, expect=expect, rollout=rings, **WHY)
+    except ConfigConflict:
+        stored = await store.put("a", {"n": 3}, expect=expect, rollout=rings, **WHY)
+    assert (stored.revision, stored.base) == (3, 2)
+    assert await store.verify("a") == 3
 
 
 async def test_unconditional_writers_all_get_through() -> None:
