@@ -97,8 +97,10 @@ class AckBook:
             await self._acks.write(self._key, list(self._writing.values()), list(gone))
             written = True
         finally:
-            if not written:  # newer words may have been heard meanwhile
-                self._pending, self._gone = self._writing | self._pending, gone | self._gone
+            if not written:  # what was heard meanwhile is newer: who speaks is not gone, and who is gone says nothing
+                kept = {name: ack for name, ack in self._writing.items() if name not in self._gone}
+                self._gone |= {name: None for name in gone if name not in self._pending}
+                self._pending = kept | self._pending
                 self._dirty.set()
             self._writing = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,10 @@ import pytest
 
 pytest.importorskip("sqlalchemy")
 
+from agentfleet import configacks
 from agentfleet.clock import SystemClock
 from agentfleet.configacks import AckBook
+from agentfleet.errors import ConfigError
 from agentfleet.stores.acks import ConfigAck, ConfigAcks, MemoryAcks
 from agentfleet.stores.sql import Database, SqlAcks, changes
 from agentfleet.testing.postgres import Postgres
@@ -127,6 +129,56 @@ async def test_who_waits_is_woken_by_whoever_writes(
         with anyio.fail_after(20):
             await woken.wait()
             await acks.changed("a", 0)  # what has changed already is not waited for
+
+
+class AwayOnce:
+    """Fails the next write, while which something happens."""
+
+    def __init__(self, acks: ConfigAcks) -> None:
+        self._acks = acks
+        self.meanwhile: Callable[[], None] | None = None
+        self.after, self.changed = acks.after, acks.changed
+        self.failed = anyio.Event()
+
+    async def write(self, key: str, acks: Sequence[ConfigAck], gone: Sequence[str] = ()) -> None:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+            self.failed.set()
+            raise ConfigError("the place is away")
+        await self._acks.write(key, acks, gone)
+
+
+async def test_the_last_word_holds_whatever_failed_to_be_written_before(
+    opened: Callable[[], Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One comes back, and another one goes, while it cannot be written that the one has gone and the other has come."""
+    monkeypatch.setattr(configacks, "_RETRY", 0.01)
+    async with opened() as place, anyio.create_task_group() as tasks:
+        away = AwayOnce(place)
+        book = AckBook(away, "a", clock=SystemClock())
+
+        async def until(kept: dict[str, int]) -> None:
+            with anyio.fail_after(20):
+                while {each.instance: each.revision for each in (await place.after("a", 0))[1]} != kept:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+
+        def turned_round() -> None:
+            book.hear(ConfigAck("back", 6))
+            book.forget("short")
+
+        book.hear(ConfigAck("back", 5))
+        tasks.start_soon(book.run)
+        await until({"back": 5})
+        away.meanwhile = turned_round
+        book.forget("back")
+        book.hear(ConfigAck("short", 5))
+        with anyio.fail_after(20):
+            await away.failed.wait()
+        book.hear(ConfigAck("last", 1))
+        await until({"back": 6, "last": 1})
+        assert set(book.known) == {"back", "last"}
+        tasks.cancel_scope.cancel()
 
 
 async def test_what_one_manager_has_heard_another_one_knows(opened: Callable[[], Opened]) -> None:
