@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import signal
 import socket
 import ssl
+import sys
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable
@@ -28,6 +30,7 @@ from agentfleet.cli import main
 from agentfleet.client import ClusterConfig, FleetClient
 from agentfleet.core.leadership import LeaseRecord
 from agentfleet.errors import AccessDenied, BackendUnavailable, Conflict, NotFound, OperationRefused, SpecError
+from agentfleet.server import serving
 from agentfleet.server.listening import keep_fresh, tls_of
 from agentfleet.server.serving import leases_in
 from agentfleet.specs import AgentTemplate, FleetSpec
@@ -348,6 +351,33 @@ def test_a_server_that_could_serve_nobody_does_not_start(
     tried = command("serve", "--backend", "memory", "--port", "0", *words)
     assert tried.returncode == 1, tried.stderr
     assert wrong in tried.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limits of another process are Linux's to tell")
+def test_a_server_may_open_as_many_files_as_the_system_lets_it(serve: Serve) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))  # as shells and services begin
+    try:
+        served = serve()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    raised, _ = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)
+    assert raised == (65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536))
+
+
+@pytest.mark.parametrize(("allowed", "warned"), [(4096, True), (65_536, False)])
+def test_where_too_few_files_may_be_open_the_log_says_what_to_do(
+    command: Callable[..., Done],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    allowed: int,
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(serving, "raise_file_limit", lambda wanted: min(wanted, allowed))
+    assert command("serve", "--backend", "memory", "--port", "0").returncode == 1, "nobody could be recognised"
+    told = [each.getMessage() for each in caplog.records if "LimitNOFILE=" in each.getMessage()]
+    assert len(told) == warned
+    assert all("4,096" in each and "20,000 streams of agents" in each for each in told)
 
 
 async def test_leases_are_renewed_while_requests_hold_every_connection(shared_database: str) -> None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from agentfleet.errors import SpecError
 
+_IDLE = 1024
+"""Connections that nothing is asked on now."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -58,6 +61,11 @@ class Limits:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
                 raise SpecError(f"{name}: must be a number above 0, not {value!r:.40}")
+
+    @property
+    def connections(self) -> int:
+        """How many may be open at the same time; some are idle."""
+        return self.at_once + self.waits + self.streams + self.agents + _IDLE
 
 
 class Rates:

@@ -25,6 +25,7 @@ from agentfleet.configstore import ConfigStore
 from agentfleet.engines import AnyEngine
 from agentfleet.errors import SpecError
 from agentfleet.manager import FleetManager
+from agentfleet.openfiles import ENOUGH, raise_file_limit
 from agentfleet.server.admission import Admission, EngineKind
 from agentfleet.server.alone import alone
 from agentfleet.server.app import create_app
@@ -59,6 +60,8 @@ KEEP_EVENTS = 500_000
 """Events that are kept where nobody says otherwise: a few hundred megabytes."""
 PATIENCE = 20.0
 """Seconds that requests under way get when it ends."""
+_OTHER_FILES = 1024
+"""Files and sockets beside those of clients: of stores, engines and probes."""
 _FOR_LEASES = 2
 """Connections to PostgreSQL for the leases alone; renewals are short."""
 _AT_LAST = 28.0
@@ -153,6 +156,7 @@ async def serve(options: Options, *, started: Callable[[str], None] | None = Non
         SpecError: The options do not fit together, or nobody could ever be recognised.
         BackendUnavailable: The store or the address cannot be had.
     """
+    _allow_files(options.limits)
     schemas: Schemas = {} if options.config_schemas is None else schemas_in(options.config_schemas)
     async with AsyncExitStack() as stack:
         await _serve(options, schemas, stack, started)
@@ -227,9 +231,7 @@ class _Running:
         self, manager: FleetManager, app: FastAPI, leaving: Leaving, options: Options, tls: ssl.SSLContext | None
     ) -> None:
         self._manager, self._leaving, self._options, self._tls = manager, leaving, options, tls
-        bounds = options.limits
-        connections = bounds.at_once + bounds.waits + bounds.streams + bounds.agents + 1024
-        self._server = server_of(app, tls=tls, connections=connections, patience=PATIENCE)
+        self._server = server_of(app, tls=tls, connections=options.limits.connections, patience=PATIENCE)
 
     async def run(self, listener: object, told: Callable[[], None]) -> None:
         async with anyio.create_task_group() as tasks:
@@ -270,6 +272,24 @@ class _Running:
 
 
 # ------------------------------------------------------------------------------------------------ parts
+
+
+def _allow_files(limits: Limits) -> None:
+    """Have as many files open as there may be clients; where the system does not let us, say what to do."""
+    needed = limits.connections + _OTHER_FILES
+    if (allowed := raise_file_limit(max(ENOUGH, needed))) < needed:
+        log.warning(
+            "only %s files and sockets may be open, and %s are needed for %s streams of agents, %s of events and all "
+            "else: who comes beyond that is not answered, and the store may be out of reach. Raise the hard limit "
+            "(LimitNOFILE=%d of systemd, --ulimit nofile=%d of a container engine, ulimit -Hn in a shell), or share "
+            "the agents among more managers",
+            f"{allowed:,}",
+            f"{needed:,}",
+            f"{limits.agents:,}",
+            f"{limits.streams:,}",
+            needed,
+            needed,
+        )
 
 
 def events_url(database: str) -> str:

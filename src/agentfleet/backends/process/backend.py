@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,9 +24,9 @@ from agentfleet.backends.process.watching import Watcher
 from agentfleet.clock import Clock, SystemClock
 from agentfleet.errors import BackendRefused, BackendUnavailable, Conflict, InstanceGone
 from agentfleet.instances import Usage
+from agentfleet.openfiles import raise_file_limit
 
 _log = logging.getLogger("agentfleet.backends.process")
-_WANTED_FILES = 65_536  # one descriptor an instance, and room for everything else the program does
 _LEAVE_PATIENCE = 15.0  # seconds beyond the longest grace until leaving gives up on unkillable processes
 
 
@@ -106,7 +105,7 @@ class ProcessBackend:
         return self
 
     async def _open(self) -> None:
-        _raise_file_limit()
+        raise_file_limit()
         # Shielded, so that an acquired lock cannot get lost between the thread and this task.
         with anyio.CancelScope(shield=True):
             state, found = await anyio.to_thread.run_sync(_take_over, self._path)
@@ -329,13 +328,3 @@ def _take_over(path: Path) -> tuple[StateDir, list[Found]]:
     except BackendRefused:
         state.close()
         raise
-
-
-def _raise_file_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, _WANTED_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError) as error:  # some systems allow less than they say
-            _log.info("the limit of open files stays at %d: %s", soft, error)
