@@ -21,7 +21,8 @@ def test_what_a_manager_acknowledged_survives_its_death() -> None:
     """One manager of real processes on SQLite, killed at random instants under load."""
     found = anyio.run(manager_kills.kills, 5)
     assert found.lost == []
-    assert (len(found.starts), found.phase) != (0, ""), "it came back each time"
+    assert len(found.starts) == 5, "it came back each time"
+    assert found.phase in ("running", "scaling"), "its fleet lives"
     assert found.operations > 0
     assert found.revisions > 0
 

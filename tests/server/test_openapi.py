@@ -110,7 +110,7 @@ def test_requests_made_up_from_the_document_find_nothing(serve: Serve, tmp_path:
         "--continue-on-failure",
         f"--phases={'examples,coverage,fuzzing,stateful' if thorough else 'examples,coverage,fuzzing'}",
         f"--max-examples={100 if thorough else 2}",
-        f"--max-time={1800 if thorough else 40}",
+        f"--max-time={1800 if thorough else 60}",
         "--warnings=off",
         "--no-color",
         *(() if thorough else ("--seed=1",)),
@@ -119,6 +119,7 @@ def test_requests_made_up_from_the_document_find_nothing(serve: Serve, tmp_path:
         command, cwd=tmp_path, capture_output=True, text=True, timeout=3600 if thorough else 500, check=False
     )
     assert found.returncode == 0, found.stdout[-12_000:] + found.stderr[-2000:]
+    assert f"Tested: {len(operations())}" in found.stdout, "there was time for each operation"
 
 
 def _cluster(address: str) -> dict[str, str]:
