@@ -105,6 +105,7 @@ class ConfigFeed:
         self._credential = credential
         self._on_met = on_met
         self._keep = keep
+        self._keepings = 1
         self._remember = remember
         self._assigned = Assignment()
         self._bodies: dict[int, bytes] = {}
@@ -188,10 +189,10 @@ class ConfigFeed:
 
     async def _keep_newest(self, keep: Keep) -> None:
         """Have the engine keep what is for all, however often that takes; the first failure of each is told."""
-        kept = told = 0
+        kept, told = (0, 0), 0
         while True:
-            newest = self._assigned.everyone
-            if newest is None or newest.revision == kept:
+            newest, keeping = self._assigned.everyone, self._keepings
+            if newest is None or (newest.revision, keeping) == kept:
                 await self._moved.wait()
                 continue
             try:
@@ -203,7 +204,12 @@ class ConfigFeed:
                 if not isinstance(error, SpecError):  # which repeating does not make right
                     await self._clock.sleep(RETRY[1])
                     continue
-            kept = newest.revision
+            kept = newest.revision, keeping
+
+    def keep_again(self) -> None:
+        """Have the engine keep what is for all once more: it has forgotten it."""
+        self._keepings += 1
+        self._stir()
 
     def feed(self, instance: Instance, *, adopted: bool = False) -> None:
         """Deliver to this instance from now on; a restarted one is fed again.
@@ -343,9 +349,12 @@ class ConfigFeed:
             self._behind.discard(id)
             self._check_done()
 
-    def _check_done(self) -> None:
+    def _stir(self) -> None:
         moved, self._moved = self._moved, anyio.Event()
         moved.set()
+
+    def _check_done(self) -> None:
+        self._stir()
         if self._published_at is None or self._behind:
             return
         spans = sorted(self._latencies)

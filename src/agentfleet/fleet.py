@@ -168,6 +168,7 @@ class Fleet(AgentServices):
             number = 1 if state is None else state.revisions[-1].number + 1
             state = first_state(spec.template, spec.replicas, now, number)
             self._set(state, "fleet.deployed", replicas=spec.replicas, revision=number, version=spec.template.version)
+            self._runtime.feed.keep_again()
         else:
             if spec.template not in (state.applied_template, state.template):
                 state = state.with_revision(spec.template, "deploy", now, spec.rollout.keep_revisions)

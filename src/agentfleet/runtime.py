@@ -344,14 +344,11 @@ class Runtime:
             self.turn.succeeded(action, id)
             if action == "stop":
                 self._observer.stopped(id)
+            elif action == "delete" and not self.desk.wanted.deleted:
+                self.feed.keep_again()  # it was deployed anew meanwhile, and the engine may have forgotten it since
         else:
-            data = {
-                "action": action,
-                "error": type(error).__name__,
-                "message": str(error),
-                "seconds": round(seconds, 3),
-            }
-            self.record("action.failed", id, data)
+            data = {"action": action, "error": type(error).__name__, "message": str(error)}
+            self.record("action.failed", id, data | {"seconds": round(seconds, 3)})
             self.turn.failed(action, id, error, self.clock.now())
         self.wake()
 

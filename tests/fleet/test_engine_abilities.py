@@ -13,7 +13,7 @@ from tests.fleet.world import spec
 from agentfleet import Event, FleetSpec, OperationRefused, ScalingPolicy, SpecError
 from agentfleet.backends.base import AUTOSCALER
 from agentfleet.backends.memory import MemoryDeployments
-from agentfleet.errors import BackendUnavailable
+from agentfleet.errors import BackendUnavailable, DeadlineExceeded
 from agentfleet.specs import QueueTarget
 from agentfleet.testing import virtual
 
@@ -29,6 +29,8 @@ class Able(MemoryDeployments):
         self.shown: list[Event] = []
         self.configured: list[tuple[int, Any]] = []
         self.asked = 0
+        self.deleting = 0.0
+        """Seconds that a deletion takes."""
 
     def keeps_size(self, spec: FleetSpec) -> bool:
         return self.scales
@@ -41,6 +43,10 @@ class Able(MemoryDeployments):
         if self.trouble is not None:
             raise self.trouble
         self.configured.append((revision, document))
+
+    async def delete(self, fleet: str) -> None:
+        await anyio.sleep(self.deleting)
+        await super().delete(fleet)
 
 
 class AbleEngine(Engine):
@@ -138,3 +144,35 @@ async def test_the_engine_keeps_the_newest_configuration_however_often_it_fails(
     async with engine.fleet():
         await anyio.sleep(5)
         assert engine.backend.configured[-1] == (3, {"n": 3}), "the next manager has it kept"
+
+
+@virtual
+async def test_a_fleet_that_is_deployed_again_after_its_deletion_has_its_configuration_kept_again() -> None:
+    """The engine has forgotten it with the fleet."""
+    engine = AbleEngine(spec(2))
+    async with engine.deployed() as fleet:
+        await fleet.configure({"n": 1}, wait=False)
+        await anyio.sleep(5)
+        await fleet.delete(timeout=60)
+        await anyio.sleep(60)
+        assert engine.backend.configured == [(1, {"n": 1})], "nothing is kept of what is not there"
+        await fleet.deploy(timeout=60)
+        await anyio.sleep(5)
+        assert engine.backend.configured == [(1, {"n": 1})] * 2
+
+
+@virtual
+async def test_a_fleet_that_is_deployed_again_amid_its_deletion_has_its_configuration_kept_after_it() -> None:
+    engine = AbleEngine(spec(2))
+    async with engine.deployed() as fleet:
+        await fleet.configure({"n": 1}, wait=False)
+        await anyio.sleep(5)
+        engine.backend.deleting = 10.0
+        with pytest.raises(DeadlineExceeded):
+            await fleet.delete(timeout=2)
+        await fleet.deploy(wait=False)
+        await anyio.sleep(5)
+        asked = engine.backend.asked
+        await fleet.ready(timeout=60)
+        await anyio.sleep(10)
+        assert engine.backend.asked == asked + 1

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
 
 pytest.importorskip("kubernetes_asyncio")
 
+from tests.kube import test_sharing
 from tests.kube.test_backend import on
 from tests.kube.world import Cluster, spec
 
 from agentfleet import FleetSpec, SpecError
+from agentfleet.backends.base import Workload
+from agentfleet.backends.kubernetes import Connection, NotFound
+from agentfleet.backends.kubernetes.backend import KubernetesBackend
 from agentfleet.backends.kubernetes.manifests import Configuration, config_document
+from agentfleet.core.fence import NoFence
 from agentfleet.kubespec import ConfigFiles
+from agentfleet.testing import run_virtual
 from agentfleet.testing.kube import ControlPlane
 
 
@@ -49,6 +55,51 @@ def test_a_document_that_a_config_map_cannot_hold_is_refused() -> None:
         config_document(
             configured(1, files={"a": "x" * 900_000}), Configuration(1, {"b": "y" * 300_000}), namespace="ai"
         )
+
+
+class Empty(test_sharing.Cluster):
+    """Has no Deployment before it is told of one, and notes the documents that it is told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.documents: list[str] = []
+
+    async def request(self, method: str, path: str, *, body: bytes | None = None, **more: Any) -> bytes:
+        if method == "GET":
+            if path.endswith("/deployments/agents"):
+                raise NotFound("no", "GET", 404)
+            if path.endswith("/deployments"):
+                return b'{"metadata": {"resourceVersion": "1"}, "items": []}'
+            return await super().request(method, path, **more)
+        sent = json.loads(body or b"{}")
+        if "config.json" in sent.get("data", {}):
+            self.documents.append(json.loads(sent["data"]["config.json"])["model"])
+        return json.dumps({**sent, "metadata": {"uid": "u", "resourceVersion": "7", **sent["metadata"]}}).encode()
+
+
+@pytest.mark.parametrize("how", ["another term", "deletion"])
+def test_a_document_of_before_is_not_written_again(how: str) -> None:
+    """By then another manager may have published a newer one, or it was another fleet's of the same name."""
+
+    async def main() -> None:
+        cluster, fleet = Empty(), configured(2)
+        workload = Workload(fleet, 1, fleet.template, 2)
+        async with KubernetesBackend(cast("Connection", cluster)) as backend:
+            await backend.configure(fleet, 5, {"model": "m5"})
+            await backend.apply(workload)
+            assert cluster.documents.pop() == "m5"
+            if how == "deletion":
+                await backend.delete(fleet.name)
+            else:
+                backend.fenced(fleet.name, NoFence())
+            backend._guards.clear()  # it is alone: what is asked is what is sent
+            cluster.documents.clear()
+            await backend.apply(workload)
+            assert not cluster.documents
+            await backend.configure(fleet, 6, {"model": "m6"})
+            assert cluster.documents == ["m6"]
+
+    run_virtual(main)
 
 
 @pytest.mark.integration

@@ -131,7 +131,11 @@ class KubernetesBackend:
     def fenced(self, fleet: str, fence: Fence) -> None:
         """From now on a fleet is written to in this term; what was said in earlier ones is forgotten."""
         self._guards[fleet] = Guard(self._asked, self._seen.namespace, fleet, fence, pod=self._seen.pod)
-        self._said.pop(fleet, None)
+        self._forget(fleet)
+
+    def _forget(self, fleet: str) -> None:
+        for known in (self._said, self._configurations):
+            known.pop(fleet, None)
         self._seen.wrote(fleet, None)
 
     def _to(self, fleet: str) -> Requests:
@@ -306,9 +310,8 @@ class KubernetesBackend:
         await remove_and_shrink(self._to(workload.fleet), seen, pods, before.replicas, to=to, scale=scale)
 
     async def delete(self, fleet: str) -> None:
-        """Delete every object of the fleet; the pods go with their Deployment."""
-        self._said.pop(fleet, None)
-        self._seen.wrote(fleet, None)
+        """Delete every object of the fleet, and its configuration; the pods go with their Deployment."""
+        self._forget(fleet)
         await self._delete_all(fleet)
 
     async def _delete_all(self, fleet: str, *, but: str | None = None) -> None:
