@@ -306,7 +306,7 @@ class ConfigStore:
                 raise Done(done)
             if expect not in (None, newest):  # also where it lands just now: what is built here is built upon `before`
                 raise ConfigConflict(
-                    f"configuration {key!r} is at revision {newest}, not {expect}: another writer was first; "
+                    f"{key!r} is at revision {newest}, not {expect}: another writer was first; "
                     "read the newest revision, merge your change into it, and publish again"
                 )
             number = max(newest, self._floor(key)) + 1
