@@ -284,8 +284,9 @@ def import_config(database: str, file: Path, reason: str, config_schemas: Path |
 def migrate(database: str, to: str, *, yes: bool) -> None:
     """Bring a database's tables to this version, or with --to back to those of an earlier one.
 
-    Going back DROPS what the later tables hold: below 0006 the keys of requests to configure, below 0005 tokens and the
-    audit, below 0004 rollouts in rings and acknowledgements, below 0003 fleets and operations; base drops all.
+    Going back DROPS what the later tables hold: below 0007 which entries of the audit are of which chain (they are
+    not found to fit any more), below 0006 the keys of requests to configure, below 0005 tokens and the audit, below
+    0004 rollouts in rings and acknowledgements, below 0003 fleets and operations; base drops all.
     """
     try:
         from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - slow to import, and needs an extra

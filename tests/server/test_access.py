@@ -324,6 +324,38 @@ async def test_every_change_is_audited_done_or_not(tmp_path: Path) -> None:
         assert (await here.ask("GET", "/api/v1/audit/verification")).json == {"ok": True, "checked": 5, "detail": None}
 
 
+@pytest.mark.parametrize("database", [False, True])
+async def test_who_may_do_nothing_cannot_erase_what_was_done(tmp_path: Path, *, database: bool) -> None:
+    url = f"sqlite:///{tmp_path / 'audit.db'}" if database else None
+    async with world(tmp_path, database=url, keep_audit=20) as here:
+        await here.cluster()
+        deleted = await here.ask("DELETE", f"{CLUSTERS}/a")
+        await here.finished(deleted)
+        plain, record = new_token("agents", scopes=["agent"], fleets=["a"], now=here.manager.clock.now())
+        await here.tokens.add(record)
+        agent = here.ask.by(plain)
+        assert {(await agent("POST", CLUSTERS, {"cluster_name": "b"})).status for _ in range(200)} == {403}
+        told = (await here.ask("GET", "/api/v1/audit")).json["items"]
+        assert [(each["actor"], each["method"], each["status"]) for each in told[-2:]] == [
+            ("file/admin", "DELETE", 202),
+            ("file/admin", "POST", 202),
+        ]
+        assert 20 <= len(told) - 2 < 40
+        verified = (await here.ask("GET", "/api/v1/audit/verification")).json
+        assert verified == {"ok": True, "checked": len(told), "detail": None}
+
+
+async def test_a_dry_check_is_not_audited_and_its_refusal_is(tmp_path: Path) -> None:
+    async with world(tmp_path) as here:
+        await here.cluster()
+        before = await here.audit.entries()
+        path, body = f"{CLUSTERS}/a/configuration/check", {"document": {"model": "small"}}
+        assert (await here.ask.by(READER)("POST", path, body)).status == 200
+        assert await here.audit.entries() == before
+        assert (await here.ask.by(B_ADMIN)("POST", path, body)).status == 404
+        assert [each.status for each in (await here.audit.entries())[: -len(before)]] == [404]
+
+
 async def test_nobody_is_told_of_a_change_that_could_not_be_audited(tmp_path: Path) -> None:
     from agentfleet.errors import BackendUnavailable  # noqa: PLC0415
 

@@ -18,7 +18,7 @@ from agentfleet.operations import Operation
 from agentfleet.server import Admission, FileTokens, Leaving, Limits, create_app
 from agentfleet.server.principals import Source
 from agentfleet.specs import AgentTemplate
-from agentfleet.stores.audit import AuditTrail, MemoryAudit
+from agentfleet.stores.audit import KEEP, AuditTrail, MemoryAudit
 from agentfleet.stores.fleets_memory import MemoryFleets
 from agentfleet.stores.memory_journal import MemoryJournal
 from agentfleet.stores.sql import Database, SqlAudit, SqlConfig, SqlFleetRecords, SqlJournal, SqlTokens
@@ -91,6 +91,7 @@ async def world(
     limits: Limits | None = None,
     admission: Admission | None = None,
     sources: Sequence[Source] = (),
+    keep_audit: int = KEEP,
     **more: Any,
 ) -> AsyncIterator[World]:
     """A manager and its API; on a database if there is one, in memory otherwise."""
@@ -99,14 +100,14 @@ async def world(
     journal: MemoryJournal | SqlJournal = MemoryJournal()
     records: MemoryFleets | SqlFleetRecords = MemoryFleets()
     tokens: TokenStore = MemoryTokens()
-    audit: AuditTrail = MemoryAudit()
+    audit: AuditTrail = MemoryAudit(keep=keep_audit)
     async with AsyncExitStack() as stack:
         config: ConfigStore | None = None
         if database is not None:
             opened = await stack.enter_async_context(Database(database))
             events = f"sqlite:///{folder / 'events.db'}" if database.startswith("sqlite") else database
             journal = stack.enter_context(SqlJournal(events))
-            records, tokens, audit = SqlFleetRecords(opened), SqlTokens(opened), SqlAudit(opened)
+            records, tokens, audit = SqlFleetRecords(opened), SqlTokens(opened), SqlAudit(opened, keep=keep_audit)
             config = ConfigStore(SqlConfig(opened), journal=journal)
         backend = await stack.enter_async_context(MemoryBackend(start_delay=0.02, stop_delay=0.02))
         manager = FleetManager(records, backend=backend, journal=journal, config=config, period=0.05)

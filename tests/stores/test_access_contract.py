@@ -18,7 +18,7 @@ from sqlalchemy import delete, select, update
 from agentfleet.errors import NotFound, OperationRefused, SpecError
 from agentfleet.stores.audit import STRAY, AuditEntry, AuditTrail, MemoryAudit, verify
 from agentfleet.stores.sql import Database, SqlAudit, SqlTokens
-from agentfleet.stores.sql.schema import API_AUDIT
+from agentfleet.stores.sql.schema import API_AUDIT, API_AUDIT_HEAD
 from agentfleet.stores.tokens import MemoryTokens, Scope, TokenStore, is_secret_of, new_token, split
 from agentfleet.testing.postgres import Postgres
 
@@ -159,7 +159,7 @@ def test_every_token_is_another() -> None:
 
 
 async def test_entries_are_read_newest_first(trail: AuditTrail) -> None:
-    assert await trail.head() == (0, "")
+    assert await trail.head() == (0, ("", ""))
     await trail.append([])
     await trail.append([entry(1), entry(2, fleet="b")])
     await trail.append([entry(3)])
@@ -167,7 +167,7 @@ async def test_entries_are_read_newest_first(trail: AuditTrail) -> None:
     assert [(each.seq, each.at) for each in found] == [(3, NOW + 3), (2, NOW + 2), (1, NOW + 1)]
     assert [each.seq for each in await trail.entries(fleet="a")] == [3, 1]
     assert [each.seq for each in await trail.entries(before=3, limit=1)] == [2]
-    assert await trail.head() == (3, found[0].hash)
+    assert await trail.head() == (3, (found[0].hash, ""))
     assert (found[0].previous, found[1].previous, found[2].previous) == (found[1].hash, found[2].hash, "")
 
 
@@ -180,9 +180,10 @@ async def test_the_chain_holds_under_many_writers(trail: AuditTrail) -> None:
 
 @pytest.mark.parametrize("database", ["sqlite", "postgres"], indirect=True)
 @pytest.mark.parametrize("change", ["altered", "removed", "last removed", "first removed"])
-async def test_whoever_changes_the_audit_is_found(database: Database, change: str) -> None:
+@pytest.mark.parametrize("statuses", [[202], [403], [202, 403], [403, 403, 202]], ids=str)
+async def test_whoever_changes_the_audit_is_found(database: Database, change: str, statuses: list[int]) -> None:
     trail = SqlAudit(database)
-    await trail.append([entry(number) for number in range(1, 11)])
+    await trail.append([entry(number, status=statuses[number % len(statuses)]) for number in range(1, 11)])
     assert await verify(trail, page=3) == (10, None)
     async with database.writing() as connection:
         if change == "altered":
@@ -193,6 +194,16 @@ async def test_whoever_changes_the_audit_is_found(database: Database, change: st
     checked, wrong = await verify(trail, page=3)
     assert wrong is not None
     assert checked < 10
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"], indirect=True)
+@pytest.mark.parametrize("status", [202, 403])
+async def test_an_audit_that_is_emptied_is_found(database: Database, status: int) -> None:
+    trail = SqlAudit(database)
+    await trail.append([entry(1, status=202), entry(2, status=403)])
+    async with database.writing() as connection:
+        await connection.execute(delete(API_AUDIT).where(API_AUDIT.c.status == status))
+    assert await verify(trail) == (1, "the newest entry is not there")
 
 
 async def put_in(database: Database, *entries: AuditEntry) -> None:
@@ -247,6 +258,50 @@ async def test_the_audit_is_bounded_and_what_is_kept_is_verified(database: Datab
     if database is not None:  # the oldest that must be there is not
         async with database.writing() as connection:
             await connection.execute(delete(API_AUDIT).where(API_AUDIT.c.seq <= 66))
-        assert await verify(trail) == (9, "entry 66 is not there")
+        assert await verify(trail) == (9, "what came before entry 67 is not there")
     with pytest.raises(SpecError, match="keep"):
         MemoryAudit(keep=0)
+
+
+async def test_refusals_push_out_older_refusals_and_nothing_that_was_done(database: Database | None) -> None:
+    trail = MemoryAudit(keep=10) if database is None else SqlAudit(database, keep=10)
+    await trail.append([entry(1, method="DELETE"), entry(2, status=504)])  # this may have been done, too
+    for number in range(3, 103, 4):
+        await trail.append([entry(number + more, status=403 + more) for more in range(4)])
+        assert (await verify(trail, page=7))[1] is None
+    kept = await trail.entries(limit=100)
+    assert [each.at - NOW for each in kept[:10]] == list(range(102, 92, -1))
+    assert [(each.seq, each.method, each.status) for each in kept[-2:]] == [(2, "PUT", 504), (1, "DELETE", 202)]
+    assert len(kept) <= 22
+    for number in range(103, 203):
+        await trail.append([entry(number)])
+        assert (await verify(trail, page=7))[1] is None
+    kept = await trail.entries(limit=100)
+    assert sum(each.refused for each in kept) >= 10, "and what was done pushes out no refusals"
+    assert sum(not each.refused for each in kept) < 20
+    if database is not None:  # what is put where a refusal was dropped is found
+        await put_in(database, replace(kept[-1], seq=50))
+        checked, wrong = await verify(trail)
+        assert (checked, (wrong or "")[:8]) == (len(kept), "entry 50")
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"], indirect=True)
+async def test_an_audit_of_before_refusals_were_kept_apart_goes_on(database: Database) -> None:
+    """Earlier versions kept all in one chain: it is verified as it is, its refusals are dropped as what was done."""
+    old: list[AuditEntry] = []
+    for number in range(1, 13):
+        previous = old[-1].hash if old else ""
+        old.append(entry(number, status=(202, 403)[number % 2], seq=number, previous=previous))
+    await put_in(database, *old)
+    async with database.writing() as connection:
+        await connection.execute(update(API_AUDIT_HEAD).values(last=12, hash=old[-1].hash))
+    trail = SqlAudit(database, keep=10)
+    assert await verify(trail) == (12, None)
+    for number in range(13, 63):
+        await trail.append([entry(number, status=403)])
+        assert (await verify(trail, page=7))[1] is None
+    kept = [each.seq for each in await trail.entries(limit=100)]
+    assert kept[-10:] == list(range(12, 2, -1))
+    for number in range(63, 93):
+        await trail.append([entry(number)])
+        assert (await verify(trail, page=7))[1] is None

@@ -40,7 +40,8 @@ class Exchange:
         detail: What the audit is to say besides.
         status: What was answered; 0 before.
         deadline: Ends what takes too long.
-        counts: Whether a change that was asked for is audited: not where it was one too many, and not looked at.
+        counts: Whether a change that was asked for is audited: not where it was one too many and not looked at, and not
+            where nothing changes.
         route: What was asked, as a template, where no route of the framework says it.
         give_back: Ends that it counts among the requests that are answered at once; may be called twice.
     """

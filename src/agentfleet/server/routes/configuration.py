@@ -95,7 +95,7 @@ async def get_configuration_status(asked: ReadsCluster) -> Response:
 )
 async def check_configuration(asked: ReadsCluster, body: CheckRequest) -> Response:
     """What would be refused, and what would change, if this document were published. Nothing is stored."""
-    asked.exchange.note(detail="checked only")
+    asked.exchange.counts = False
     found = await asked.api.manager.config.dry_run(asked.record.name, body.document, expect=body.expect)
     return done(CheckAnswer.of(found))
 

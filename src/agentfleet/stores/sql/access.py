@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agentfleet.errors import NotFound, OperationRefused
 from agentfleet.stores.audit import KEEP, AuditEntry, checked_keep
@@ -20,7 +21,7 @@ _USED = update(API_TOKENS).where(API_TOKENS.c.id == bindparam("token")).values(u
 _NEXT = (
     update(API_AUDIT_HEAD)
     .values(last=API_AUDIT_HEAD.c.last + bindparam("count"))
-    .returning(API_AUDIT_HEAD.c.last, API_AUDIT_HEAD.c.hash)
+    .returning(API_AUDIT_HEAD.c.last, API_AUDIT_HEAD.c.hash, API_AUDIT_HEAD.c.refused)
 )
 _TOGETHER = 1000
 """Entries of the audit that are dropped together."""
@@ -86,7 +87,8 @@ class SqlAudit:
 
     Args:
         database: Open while this is used.
-        keep: How many entries are kept, the newest; up to a thousand more before the oldest are dropped together.
+        keep: How many entries are kept, the newest, of what was done and of what was refused each; up to a thousand
+            more before the oldest are dropped together.
     """
 
     def __init__(self, database: Database, *, keep: int = KEEP) -> None:
@@ -95,24 +97,31 @@ class SqlAudit:
         self._together = min(_TOGETHER, keep)
 
     async def append(self, entries: Sequence[AuditEntry]) -> None:
-        """See the port. The row of the newest is held until the commit, so that the chain has one end."""
+        """See the port. The row of the newest is held until the commit, so that each chain has one end."""
         if not entries:
             return
         async with self._database.writing() as connection:
             head = (await connection.execute(_NEXT, {"count": len(entries)})).one()
-            seq, previous = head.last - len(entries), head.hash
+            seq, ends = head.last - len(entries), [head.hash, head.refused]
             await set_aside(connection, API_AUDIT.c.seq, API_AUDIT.c.seq > seq)
             rows: list[dict[str, Any]] = []
             for entry in entries:
                 seq += 1
-                kept = replace(entry, seq=seq, previous=previous)
-                rows.append({each.name: getattr(kept, each.name) for each in fields(kept)})
-                previous = kept.hash
+                kept = replace(entry, seq=seq, previous=ends[entry.refused])
+                rows.append({each.name: getattr(kept, each.name) for each in fields(kept)} | {"refused": kept.refused})
+                ends[entry.refused] = kept.hash
             await connection.execute(insert(API_AUDIT), rows)
-            await connection.execute(update(API_AUDIT_HEAD).values(hash=previous))
+            await connection.execute(update(API_AUDIT_HEAD).values(hash=ends[False], refused=ends[True]))
             if seq // self._together > (seq - len(entries)) // self._together:
-                old = (API_AUDIT.c.seq > 0) & (API_AUDIT.c.seq <= seq - self.keep)  # those set aside stay
-                await connection.execute(delete(API_AUDIT).where(old))
+                for refused in (False, True):
+                    await self._drop_old(connection, refused=refused)
+
+    async def _drop_old(self, connection: AsyncConnection, *, refused: bool) -> None:
+        chain = (API_AUDIT.c.refused == refused) & (API_AUDIT.c.seq > 0)  # those set aside stay
+        newest = select(API_AUDIT.c.seq).where(chain).order_by(API_AUDIT.c.seq.desc())
+        old = (await connection.execute(newest.offset(self.keep).limit(1))).scalar()
+        if old is not None:
+            await connection.execute(delete(API_AUDIT).where(chain, API_AUDIT.c.seq <= old))
 
     async def entries(
         self, *, before: int | None = None, fleet: str | None = None, limit: int = 100
@@ -127,11 +136,12 @@ class SqlAudit:
             found = await connection.execute(query.order_by(API_AUDIT.c.seq.desc()).limit(limit))
             return [AuditEntry(**row._mapping) for row in found]
 
-    async def head(self) -> tuple[int, str]:
+    async def head(self) -> tuple[int, tuple[str, str]]:
         """See the port."""
+        query = select(API_AUDIT_HEAD.c.last, API_AUDIT_HEAD.c.hash, API_AUDIT_HEAD.c.refused)
         async with self._database.reading() as connection:
-            row = (await connection.execute(select(API_AUDIT_HEAD.c.last, API_AUDIT_HEAD.c.hash))).one()
-        return row.last, row.hash
+            row = (await connection.execute(query)).one()
+        return row.last, (row.hash, row.refused)
 
     async def stray(self) -> int | None:
         """See the port."""

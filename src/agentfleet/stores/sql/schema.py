@@ -18,11 +18,12 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
+    false,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-NEWEST = "0006"
+NEWEST = "0007"
 """Number of the migration that makes these tables."""
 METADATA = MetaData()
 
@@ -262,8 +263,9 @@ API_AUDIT_HEAD = Table(
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("last", BigInteger, nullable=False),
     Column("hash", String(64), nullable=False),
+    Column("refused", String(64), nullable=False, server_default=text("''")),
 )
-"""One row: place and hash of the newest entry of the audit."""
+"""One row: place of the newest entry of the audit, hashes of the newest that was done and of the newest refused."""
 
 API_AUDIT = Table(
     "api_audit",
@@ -281,6 +283,9 @@ API_AUDIT = Table(
     Column("status", Integer, nullable=False),
     Column("detail", Text, nullable=False),
     Column("previous", String(64), nullable=False),
+    Column("refused", Boolean, nullable=False, server_default=false()),
     Index("api_audit_by_fleet", "fleet", "seq"),
+    Index("api_audit_by_chain", "refused", "seq"),
 )
-"""Who asked the REST API for which change, and what came of it; each row with the hash of the one before."""
+"""Who asked the REST API for which change, and what came of it; each row with the hash of the one before in its chain:
+of what was refused, or of all else (and of refusals that were written before there were two)."""
