@@ -23,31 +23,28 @@ class TokenBucket:
     def __init__(self, qps: float, burst: int) -> None:
         if not qps > 0 or burst < 1:
             raise SpecError(f"the rate limit needs qps > 0 and burst >= 1, not qps={qps}, burst={burst}")
-        self._qps = qps
-        self._burst = burst
-        self._tokens = float(burst)
-        self._at = float("-inf")
-        self._closed_until = float("-inf")
+        self._step = 1.0 / qps
+        self._ahead = (burst - 1) * self._step
+        self._due = float("-inf")
+        """When a next call would be due at the rate alone; a burst is that much `_ahead` of it."""
+        self._turn = anyio.Lock(fast_acquire=True)
         self.waited = 0.0
         """Seconds that callers have waited here in all."""
 
     async def take(self) -> None:
-        """Wait for this caller's turn. A caller that is cancelled while it waits gives its turn back."""
-        now = anyio.current_time()
-        self._tokens = min(float(self._burst), self._tokens + (now - self._at) * self._qps)
-        self._at = now
-        self._tokens -= 1.0
-        wait = max(-self._tokens / self._qps, self._closed_until - now)
-        if wait <= 0:
-            return
+        """Wait for this caller's turn. A caller that is cancelled while it waits takes none."""
+        came = anyio.current_time()
         try:
-            await anyio.sleep(wait)
-        except BaseException:
-            self._tokens += 1.0
-            raise
+            async with self._turn:  # one waits for the time, the others behind it
+                while (wait := self._due - self._ahead - anyio.current_time()) > 0:
+                    await anyio.sleep(wait)
+                self._due = max(self._due, anyio.current_time()) + self._step
         finally:
-            self.waited += anyio.current_time() - now
+            self.waited += anyio.current_time() - came
 
     def hold(self, seconds: float) -> None:
-        """Let nobody pass for `seconds`: the server asked to be left alone, and that holds for all callers."""
-        self._closed_until = max(self._closed_until, anyio.current_time() + seconds)
+        """Let nobody pass for `seconds`, and afterwards one at a time, at the rate.
+
+        The server asked to be left alone: that holds for all callers, also for those who wait already.
+        """
+        self._due = max(self._due, anyio.current_time() + seconds + self._ahead)
