@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from click.testing import CliRunner
 from tests.server.asking import ADMIN
 from tests.server.conftest import Serve
+from tests.server.world import audited_in
 
 from agentfleet.cli import main
 from agentfleet.client import ClusterConfig, FleetClient
-from agentfleet.errors import SpecError
+from agentfleet.errors import BackendUnavailable, SpecError
 from agentfleet.server.schemas import schemas_in
 from agentfleet.specs import AgentTemplate
+from agentfleet.stores.config import ConfigRevision
+from agentfleet.stores.sql import SqlAudit
 
 pytestmark = [pytest.mark.anyio, pytest.mark.integration]
 BOTH = pytest.mark.parametrize("database_url", ["sqlite", "postgres"], indirect=True)
@@ -112,8 +116,6 @@ def test_configuration_is_written_out_and_read_in(database_url: str, folder: Pat
         "b": kept | {"digest": "", "document": {"model": "small"}},
     }
     file = tmp_path / "archive.json"
-    from agentfleet.stores.config import ConfigRevision  # noqa: PLC0415 - for what is written out alone
-
     for each in documents.values():
         written = json.dumps(each["document"], separators=(",", ":"))
         each["digest"] = ConfigRevision("x", 1, written, 0.0, "", "").digest
@@ -142,3 +144,26 @@ def test_configuration_is_written_out_and_read_in(database_url: str, folder: Pat
     file.write_text(text.replace("small", "large"))
     code, said = run(*other, "import", str(file), "--reason", "move")
     assert (code, "digest differs" in said) == (1, True)
+    told = anyio.run(audited_in, database_url)
+    assert [(each.method, each.path, each.fleet, each.status, each.detail) for each in told] == [
+        ("CLI", "agentfleet config import", "a", 202, "configuration revision 1"),
+        ("CLI", "agentfleet config import", "b", 202, "configuration revision 1"),
+    ], "what was published, and nothing else"
+    assert anyio.run(audited_in, other[1]) == []
+
+
+def test_what_cannot_be_audited_is_not_read_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    into, file = ("--database", f"sqlite:///{tmp_path / 'f.db'}"), tmp_path / "archive.json"
+    digest = ConfigRevision("a", 1, "{}", 0.0, "", "").digest
+    kept = {"revision": 7, "at": 1.5, "author": "ann", "reason": "first", "digest": digest, "document": {}}
+    file.write_text(json.dumps({"format": "agentfleet-config/1", "documents": {"a": kept}}))
+
+    async def down(*_: Any) -> None:
+        raise BackendUnavailable("the database is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SqlAudit, "append", down)
+        code, said = run(*into, "import", str(file), "--reason", "move")
+    assert (code, "nothing was changed, because it cannot be audited: the database is away" in said) == (1, True)
+    assert json.loads(run(*into, "export")[1])["documents"] == {}
+    assert run(*into, "import", str(file), "--reason", "move")[0] == 0

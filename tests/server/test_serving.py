@@ -25,16 +25,18 @@ import requests
 from click.testing import CliRunner
 from tests.server.asking import ADMIN
 from tests.server.conftest import Serve, Served
+from tests.server.world import audited_in
 
 from agentfleet.cli import main
 from agentfleet.client import ClusterConfig, FleetClient
 from agentfleet.core.leadership import LeaseRecord
 from agentfleet.errors import AccessDenied, BackendUnavailable, Conflict, NotFound, OperationRefused, SpecError
 from agentfleet.server import serving
+from agentfleet.server.commands import user
 from agentfleet.server.listening import keep_fresh, tls_of
 from agentfleet.server.serving import leases_in
 from agentfleet.specs import AgentTemplate, FleetSpec
-from agentfleet.stores.sql import Database
+from agentfleet.stores.sql import Database, SqlAudit
 from agentfleet.testing.kube.certificates import Authority
 
 pytestmark = [pytest.mark.anyio, pytest.mark.integration]
@@ -331,6 +333,44 @@ def test_tokens_by_command(command: Callable[..., Done]) -> None:
     assert "is revoked" in command("token", "revoke", "ci").stdout
     assert "revoked" in command("token", "list").stdout
     assert command("token", "revoke", "nobody").returncode == 1
+
+
+def test_tokens_by_command_are_audited(command: Callable[..., Done]) -> None:
+    made = command("token", "create", "ci", "--scope", "operate", "--fleet", "a", "--expires", "90d").stdout.strip()
+    command("token", "create", "ci", "--fleet", "a")
+    command("token", "revoke", "ci")
+    command("token", "revoke", "nobody")
+    told = anyio.run(audited_in, "sqlite:///fleet.db")
+    assert [(each.method, each.path, each.status) for each in told] == [
+        ("CLI", "agentfleet token create", 202),
+        ("CLI", "agentfleet token create", 202),
+        ("CLI", "agentfleet token create", 409),
+        ("CLI", "agentfleet token revoke", 202),
+        ("CLI", "agentfleet token revoke", 202),
+        ("CLI", "agentfleet token revoke", 404),
+    ]
+    assert {(each.actor, each.origin) for each in told} == {(f"cli/{user()}", "cli")}
+    assert told[0].detail == f"token 'ci' ({made[3:19]}): operate on a"
+    assert "there is or was a token 'ci'" in told[2].detail
+    assert told[3].detail == "token 'ci'"
+    assert made.partition(".")[2] not in str(told)
+
+
+def test_a_command_that_cannot_be_audited_changes_nothing(
+    command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command("token", "create", "ci", "--fleet", "a")
+
+    async def down(*_: Any) -> None:
+        raise BackendUnavailable("the database is away")
+
+    monkeypatch.setattr(SqlAudit, "append", down)
+    for words in (("create", "other", "--fleet", "a"), ("revoke", "ci")):
+        refused = command("token", *words)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "nothing was changed, because it cannot be audited: the database is away" in refused.stderr
+    listed = command("token", "list").stdout.splitlines()
+    assert [(line.split()[0], line.split()[-1]) for line in listed[1:]] == [("ci", "valid")]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from agentfleet.operations import Operation
 from agentfleet.server import Admission, FileTokens, Leaving, Limits, create_app
 from agentfleet.server.principals import Source
 from agentfleet.specs import AgentTemplate
-from agentfleet.stores.audit import KEEP, AuditTrail, MemoryAudit
+from agentfleet.stores.audit import KEEP, AuditEntry, AuditTrail, MemoryAudit, verify
 from agentfleet.stores.fleets_memory import MemoryFleets
 from agentfleet.stores.memory_journal import MemoryJournal
 from agentfleet.stores.sql import Database, SqlAudit, SqlConfig, SqlFleetRecords, SqlJournal, SqlTokens
@@ -124,3 +124,11 @@ async def world(
         )
         await stack.enter_async_context(manager)
         yield World(manager, backend, Asking(app), tokens, audit, leaving, app, token_file)
+
+
+async def audited_in(url: str) -> list[AuditEntry]:
+    """The audit of a database, oldest first."""
+    async with Database(url) as database:
+        audit = SqlAudit(database)
+        assert (await verify(audit))[1] is None
+        return list(reversed(await audit.entries()))

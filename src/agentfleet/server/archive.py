@@ -10,10 +10,12 @@ import anyio
 from agentfleet.configarchive import Loaded, dump, load
 from agentfleet.configstore import ConfigStore
 from agentfleet.errors import SpecError
+from agentfleet.server.commands import ORIGIN, actor, audited
 from agentfleet.server.schemas import register, schemas_in
 from agentfleet.server.serving import events_url
-from agentfleet.server.tokens import user
+from agentfleet.stores.config import ConfigRevision
 from agentfleet.stores.sql import Database, SqlConfig, SqlJournal
+from agentfleet.stores.sql.config import failing
 
 
 def exported(database: str, fleets: Sequence[str]) -> str:
@@ -26,7 +28,10 @@ def exported(database: str, fleets: Sequence[str]) -> str:
 
 
 def imported(database: str, file: Path, *, reason: str, schemas: Path | None, dry_run: bool) -> str:
-    """Publish what differs, and say what that was; raises as `configarchive.load`, and `SpecError` for the files."""
+    """Publish what differs, and say what that was; raises as `configarchive.load`, and `SpecError` for the files.
+
+    Each revision is audited before it is published.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -35,17 +40,27 @@ def imported(database: str, file: Path, *, reason: str, schemas: Path | None, dr
 
     async def read(store: ConfigStore) -> str:
         register(store, known)
-        done = await load(store, text, author=f"cli/{user()}", reason=reason, dry_run=dry_run, origin="cli")
+        done = await load(store, text, author=actor(), reason=reason, dry_run=dry_run, origin=ORIGIN)
         return "\n".join(map(_line, done))
 
     return _within(database, read)
+
+
+class _Audited(SqlConfig):
+    """Revisions that are written into the audit before they are kept."""
+
+    async def append(self, revision: ConfigRevision, *, expect: int) -> None:
+        """See `ConfigRecords`."""
+        what = f"configuration revision {revision.revision}"
+        async with failing(), audited(self._database, "config import", what, fleet=revision.key):
+            await super().append(revision, expect=expect)
 
 
 def _within(database: str, work: Callable[[ConfigStore], Awaitable[str]]) -> str:
     async def run() -> str:
         async with Database(database) as opened:
             with SqlJournal(events_url(database)) as journal:
-                return await work(ConfigStore(SqlConfig(opened), journal=journal))
+                return await work(ConfigStore(_Audited(opened), journal=journal))
 
     return anyio.run(run)
 
