@@ -7,6 +7,7 @@ one looks on, which shows the instances, and does and records nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
@@ -21,14 +22,16 @@ from agentfleet.backends.base import Engine
 from agentfleet.clock import Clock
 from agentfleet.core.fence import Fence, NoFence
 from agentfleet.core.leadership import LeaseDecision, LeasePolicy
-from agentfleet.errors import AgentFleetError, NotLeader, OperationRefused
+from agentfleet.errors import AgentFleetError, Conflict, NotLeader, OperationRefused
 from agentfleet.fencing import Standing, allows
 from agentfleet.leadership import Leadership, Term
 from agentfleet.loops import end_loops, only_error
 from agentfleet.runtime import Runtime
-from agentfleet.stores.leases import LeaseStore
+from agentfleet.stores.leases import Forgetting, LeaseStore
 from agentfleet.telemetry import Telemetry
 from agentfleet.waiting import Waiting
+
+log = logging.getLogger(__name__)
 
 STATE = "state.leader"
 """Kind of the event that remembers who led last, in which epoch, and whether it left of its own accord."""
@@ -77,6 +80,10 @@ class Reign:
         self._clock = self.runtime.clock
         self._poll = float((policy or LeasePolicy()).poll)
         self._waiting = Waiting(self.runtime.name)
+        self._removing = leases if isinstance(leases, Forgetting) else None
+        self._request = float((policy or LeasePolicy()).request)
+        self._deleted = False
+        """Whether the fleet was when this manager led last: nobody needs its lease then."""
         self._stack = AsyncExitStack()
         self._pause: anyio.CancelScope | None = None
         self._opened = self._leaving = self._acting = False
@@ -126,6 +133,7 @@ class Reign:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._telemetry.measuring(self._backend))
             await stack.enter_async_context(self._backend)
+            stack.push_async_callback(self._remove_lease)
             await stack.enter_async_context(self._leadership)  # left when the loops have ended: the lease goes last
             tasks = anyio.create_task_group()
             await tasks.__aenter__()
@@ -166,6 +174,21 @@ class Reign:
             return await end_loops(tasks, kind, error, trace)
         await tasks.__aexit__(None, None, None)
         return None
+
+    async def _remove_lease(self) -> None:
+        """The lease of a fleet that was deleted goes, too, unless somebody holds it, who removes it in turn."""
+        if not self._deleted or self._removing is None:
+            return
+        name, timeout = self.runtime.name, self._request
+        with anyio.CancelScope(shield=True):  # each of the two requests ends in time
+            try:
+                left = await self._removing.get(name, timeout=timeout)
+                if left is not None and left.holder is None:
+                    await self._removing.remove(name, left, timeout=timeout)
+            except Conflict:
+                return  # somebody has taken it meanwhile
+            except (AgentFleetError, OSError) as error:
+                log.warning("the lease of fleet %s stays, though the fleet was deleted: %s", name, error)
 
     # ------------------------------------------------------------------------------------------ the terms
 
@@ -210,6 +233,8 @@ class Reign:
                 while not (term.valid or term.over):
                     await self._clock.sleep(self._poll)
             finally:
+                state = runtime.desk.state
+                self._deleted = state is not None and state.deleted
                 self._acting = False
                 self._waiting.beat()
                 self._telemetry.leave(runtime.name)

@@ -46,6 +46,9 @@ class CutLeases(MemoryLeases):
     async def update(self, name: str, record: LeaseRecord, *, timeout: float) -> LeaseRecord:
         return await self._reached(timeout).update(name, record, timeout=timeout)
 
+    async def remove(self, name: str, record: LeaseRecord, *, timeout: float) -> None:
+        await self._reached(timeout).remove(name, record, timeout=timeout)
+
     def _reached(self, timeout: float) -> MemoryLeases:
         if self.cut:
             raise DeadlineExceeded(f"cut off: no answer within {timeout:g} s")
@@ -329,3 +332,36 @@ async def test_who_waits_is_told_when_another_takes_over() -> None:
             way.cut = False
         assert told
         assert "does not lead any more" in told[0]
+
+
+@virtual
+async def test_the_lease_of_a_deleted_fleet_goes_and_no_other() -> None:
+    there = Shared()
+    async with two_managers(there) as (first, _, _):
+        await first.deploy()
+    left = await there.leases.get("a", timeout=1)
+    assert left is not None
+    assert left.holder is None, "given up, and kept for the next manager"
+    async with there.manager("one") as (first, _):
+        await first.leading(timeout=30)
+        async with there.manager("two"):
+            await first.delete(timeout=120)
+    assert await there.leases.get("a", timeout=1) is None
+    epoch = there.leases.history["a"][-1].epoch
+    async with there.manager("one") as (first, _):
+        await first.leading(timeout=30)
+        await first.deploy()
+        assert first.epoch == epoch + 1, "the journal knows how far the epochs had come"
+    assert await there.leases.get("a", timeout=1) is not None, "it is there again"
+
+
+@virtual
+async def test_a_lease_that_cannot_be_removed_stays(caplog: pytest.LogCaptureFixture) -> None:
+    there = Shared()
+    async with there.manager("one") as (first, way):
+        await first.leading(timeout=5)
+        await first.deploy()
+        await first.delete(timeout=120)
+        way.cut = True
+    assert await there.leases.get("a", timeout=1) is not None
+    assert "the lease of fleet a stays" in caplog.text

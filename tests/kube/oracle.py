@@ -17,6 +17,8 @@ from agentfleet.testing.kube.apiclient import ApiClient
 _COLLECTIONS = {
     "configmaps": "/api/v1",
     "deployments": "/apis/apps/v1",
+    "horizontalpodautoscalers": "/apis/autoscaling/v1",
+    "leases": "/apis/coordination.k8s.io/v1",
     "pods": "/api/v1",
     "poddisruptionbudgets": "/apis/policy/v1beta1",
     "replicasets": "/apis/apps/v1",

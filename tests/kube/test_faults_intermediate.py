@@ -64,7 +64,7 @@ def test_a_deploy_that_ends_at_any_write_is_finished_by_the_next_manager(plane: 
                 await fleet.deploy(timeout=60)
                 await until(lambda: len(there.pods.good) == SIZE)
                 state = await end_state(there.plane, there.namespace)
-                assert state.owned == dict.fromkeys(state.owned, 1) | {"pods": SIZE}
+                assert state.owned == dict.fromkeys(state.owned, 1) | {"pods": SIZE, "horizontalpodautoscalers": 0}
                 assert len(there.pods.created) - before == SIZE
                 await fleet.delete(timeout=60)
             await gone(there)

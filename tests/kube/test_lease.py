@@ -155,6 +155,17 @@ def test_a_lease_that_is_there_already_is_a_conflict() -> None:
         anyio.run(lambda: leases(Server(AlreadyExists("there"))).create("a", LeaseRecord("me", 1), timeout=1))
 
 
+def test_a_lease_is_removed_only_as_it_was_seen() -> None:
+    server = Server({}, NotFound("gone"), Conflict("changed"))
+    record = LeaseRecord(None, 3, 7.0, "", "17", "u1")
+    for _ in range(2):  # that it is gone already is as good
+        anyio.run(lambda: leases(server).remove("a", record, timeout=1))
+    with pytest.raises(Conflict):
+        anyio.run(lambda: leases(server).remove("a", record, timeout=1))
+    assert [(each["method"], each["path"]) for each in server.asked] == [("DELETE", f"{PATH}/agentfleet-a")] * 3
+    assert server.asked[0]["body"] == {"preconditions": {"uid": "u1", "resourceVersion": "17"}}
+
+
 def test_other_refusals_stay_what_they_are() -> None:
     with pytest.raises(Invalid):
         anyio.run(lambda: leases(Server(Invalid("no", ("spec",)))).update("a", LeaseRecord("me", 1), timeout=1))

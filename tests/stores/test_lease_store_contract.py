@@ -14,7 +14,7 @@ pytest.importorskip("sqlalchemy")
 from agentfleet import Conflict
 from agentfleet.core.leadership import LeasePolicy, LeaseRecord
 from agentfleet.leadership import Leadership
-from agentfleet.stores.leases import LeaseStore, MemoryLeases, Telling
+from agentfleet.stores.leases import Forgetting, LeaseStore, MemoryLeases, Telling
 from agentfleet.stores.sql import Database, SqlLeases, ToldLeases
 from agentfleet.testing.postgres import Postgres
 
@@ -67,6 +67,21 @@ async def test_only_who_knows_the_present_version_changes_it(leases: LeaseStore)
     third = await leases.update("a", replace(second, holder=None, epoch=2), timeout=5)
     assert await leases.get("a", timeout=5) == third
     assert (third.holder, third.epoch) == (None, 2)
+
+
+async def test_a_lease_is_removed_only_by_who_knows_its_present_version(leases: LeaseStore) -> None:
+    assert isinstance(leases, Forgetting)
+    first = await leases.create("a", LeaseRecord("ann", 1, 15.0), timeout=5)
+    second = await leases.update("a", replace(first, holder=None), timeout=5)
+    for stale in (first, replace(second, uid="another")):
+        with pytest.raises(Conflict):
+            await leases.remove("a", stale, timeout=5)
+    assert await leases.get("a", timeout=5) == second
+    for _ in range(2):  # that it is gone already is as good
+        await leases.remove("a", second, timeout=5)
+    assert await leases.get("a", timeout=5) is None
+    made = await leases.create("a", LeaseRecord("ben", 2, 15.0), timeout=5)
+    assert made.uid != second.uid
 
 
 async def test_of_many_who_want_it_at_once_one_gets_it(leases: LeaseStore) -> None:

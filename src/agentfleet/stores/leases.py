@@ -43,6 +43,15 @@ class Telling(Protocol):
         ...
 
 
+@runtime_checkable
+class Forgetting(LeaseStore, Protocol):
+    """A store that can remove the lease of a fleet that is no more."""
+
+    async def remove(self, name: str, record: LeaseRecord, *, timeout: float) -> None:
+        """Remove the lease, if it still is `record.version` of `record.uid`; raises `Conflict` if it is another."""
+        ...
+
+
 class MemoryLeases:
     """Leases in memory, with the troubles that real stores have: for tests, and for managers within one process.
 
@@ -118,6 +127,17 @@ class MemoryLeases:
     async def update(self, name: str, record: LeaseRecord, *, timeout: float) -> LeaseRecord:
         """Change the lease; raises `Conflict` unless the version fits."""
         return await self._send(name, record, timeout, new=False)
+
+    async def remove(self, name: str, record: LeaseRecord, *, timeout: float) -> None:
+        """Remove the lease; raises `Conflict` unless the version fits."""
+        await self._travel(timeout)
+        states = self.history.get(name, [])
+        if name in self._gone or not states:
+            return
+        present = states[-1]
+        if (record.version, record.uid) != (present.version, present.uid):
+            raise Conflict(f"{name}: version {record.version} is not the present one, {present.version}")
+        self._gone.add(name)
 
     async def _send(self, name: str, record: LeaseRecord, timeout: float, *, new: bool) -> LeaseRecord:
         fault = self._next.popleft() if self._next else None

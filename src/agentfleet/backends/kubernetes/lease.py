@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from math import ceil
 from typing import Any, Protocol
@@ -106,6 +107,12 @@ class KubernetesLeases:
                 raise
             raise Conflict(f"the lease {self._prefix}{name} was deleted and made again") from error
         return _record(answer)
+
+    async def remove(self, name: str, record: LeaseRecord, *, timeout: float) -> None:
+        """Delete the lease; raises `Conflict` unless it still is that version of that very object."""
+        options = {"preconditions": {"uid": record.uid, "resourceVersion": record.version}}
+        with suppress(InstanceGone):
+            await self._ask("DELETE", self._path(name), options, timeout=timeout)
 
     async def _ask(self, method: str, path: str, body: object = None, *, timeout: float) -> bytes:
         """One call within its deadline, the wait for a place included; not repeated if that could hide its effect."""

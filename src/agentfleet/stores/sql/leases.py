@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.sql import ColumnElement
 
 from agentfleet.core.leadership import LeaseRecord
 from agentfleet.errors import BackendUnavailable, Conflict, DeadlineExceeded
-from agentfleet.stores.leases import LeaseStore
+from agentfleet.stores.leases import Forgetting, LeaseStore
 from agentfleet.stores.sql.database import Database
 from agentfleet.stores.sql.schema import LEASES
 
@@ -51,8 +52,8 @@ class SqlLeases:
     async def update(self, name: str, record: LeaseRecord, *, timeout: float) -> LeaseRecord:
         """Change the lease; raises `Conflict` unless the version fits."""
         version = int(record.version or 0)
-        fits = (LEASES.c.name == name) & (LEASES.c.version == version) & (LEASES.c.uid == record.uid)
-        change = update(LEASES).where(fits).values(_values(record) | {"version": version + 1}).returning(*LEASES.c)
+        values = _values(record) | {"version": version + 1}
+        change = update(LEASES).where(_is(name, record)).values(values).returning(*LEASES.c)
         async with _within(timeout), self._database.writing() as connection:
             row = (await connection.execute(change)).one_or_none()
             if row is None:
@@ -62,6 +63,15 @@ class SqlLeases:
         if record.holder is None:
             self._database.ring(_CHANNEL, name)
         return _record(row)
+
+    async def remove(self, name: str, record: LeaseRecord, *, timeout: float) -> None:
+        """Remove the lease; raises `Conflict` unless the version fits."""
+        async with _within(timeout), self._database.writing() as connection:
+            gone = await connection.execute(delete(LEASES).where(_is(name, record)).returning(LEASES.c.name))
+            if gone.one_or_none() is None:
+                left = (await connection.execute(select(LEASES.c.version).where(LEASES.c.name == name))).one_or_none()
+                if left is not None:
+                    raise Conflict(f"{name}: version {record.version} is not the present one, {left.version}")
 
     async def given_up(self, name: str) -> None:
         """Return when a lease was given up, by whomever."""
@@ -100,6 +110,11 @@ class ToldLeases:
                 self._database.ring(_CHANNEL, name)
         return kept
 
+    async def remove(self, name: str, record: LeaseRecord, *, timeout: float) -> None:
+        """Remove the lease where it is kept, if it can be removed there; raises `Conflict` unless the version fits."""
+        if isinstance(self._leases, Forgetting):
+            await self._leases.remove(name, record, timeout=timeout)
+
     async def given_up(self, name: str) -> None:
         """Return when a lease was given up, by whomever."""
         await _given_up(self._database, name)
@@ -110,6 +125,12 @@ async def _given_up(database: Database, name: str) -> None:
         return False  # who is told looks for himself, as he does now and then anyway
 
     await database.changed(_CHANNEL, name, look)
+
+
+def _is(name: str, record: LeaseRecord) -> ColumnElement[bool]:
+    """Whether a row is that version of that very lease."""
+    version = int(record.version or 0)
+    return (LEASES.c.name == name) & (LEASES.c.version == version) & (LEASES.c.uid == record.uid)
 
 
 def _values(record: LeaseRecord) -> dict[str, Any]:
