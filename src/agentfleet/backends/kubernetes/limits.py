@@ -36,7 +36,7 @@ class TokenBucket:
         came = anyio.current_time()
         try:
             async with self._turn:  # one waits for the time, the others behind it
-                while (wait := self._due - self._ahead - anyio.current_time()) > 0:
+                while (wait := self._due - self._ahead - anyio.current_time()) > 0:  # noqa: ASYNC110 - for time
                     await anyio.sleep(wait)
                 self._due = max(self._due, anyio.current_time()) + self._step
         finally:
