@@ -325,6 +325,59 @@ async def test_several_kubeconfigs_are_merged(tmp_path: Path, monkeypatch: pytes
         await KubeConfig(tmp_path / "nothing").access()
 
 
+async def test_a_user_who_acts_as_another_does_so_in_every_request(tmp_path: Path) -> None:
+    user = {
+        "token": "mine",
+        "as": "limited",
+        "as-uid": "u-1",
+        "as-groups": ["readers", "zoë's"],
+        "as-user-extra": {"example.org/Scope": ["a", "b"]},
+    }
+    seen: list[list[str]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        seen.append(sorted(line for line in head.split("\r\n") if line.startswith(("Impersonate", "Authorization"))))
+        writer.write(whole(200, {}))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        async with connect(write_config(tmp_path, f"http://{host}:{port}", user)) as connection:
+            await connection.request("GET", "/x")
+            await connection.request("PATCH", "/x", body=b"{}")
+            async with connection.stream("/x", silence=1.0):
+                pass
+    said = [
+        "Authorization: Bearer mine",
+        "Impersonate-Extra-example.org%2FScope: a",
+        "Impersonate-Extra-example.org%2FScope: b",
+        "Impersonate-Group: readers",
+        "Impersonate-Group: zoë's",
+        "Impersonate-Uid: u-1",
+        "Impersonate-User: limited",
+    ]
+    assert seen == [said] * 3
+
+
+@pytest.mark.parametrize(
+    ("user", "words"),
+    [
+        ({"as-groups": ["readers"]}, "as-groups"),
+        ({"as-uid": "u-1", "as": ""}, "as-uid"),
+        ({"as": 7}, "as must be a text"),
+        ({"as": "a", "as-groups": "readers"}, "as-groups must be a list"),
+        ({"as": "a", "as-user-extra": {"scope": "all"}}, "as-user-extra must"),
+        ({"as": "a", "as-user-extra": ["scope"]}, "as-user-extra must"),
+        ({"as": "a\r\nX-Y: z"}, "as must be a text"),
+    ],
+)
+async def test_half_said_impersonation_is_refused(tmp_path: Path, user: dict[str, Any], words: str) -> None:
+    """It is never left out: the user's own rights may be all there are."""
+    with pytest.raises(SpecError, match=words):
+        await KubeConfig(write_config(tmp_path, "http://127.0.0.1:1", {"token": "mine", **user})).access()
+
+
 async def test_the_rate_limit_holds_and_forgets_the_cancelled() -> None:
     bucket = TokenBucket(qps=50, burst=5)
     begun = anyio.current_time()

@@ -270,11 +270,12 @@ class Connection:
         while True:
             await self._bucket.take()
             async with self._transport(rejected) as shared:
-                headers = {"Accept": JSON, "Accept-Encoding": "identity", "User-Agent": "agentfleet"}
+                headers = [("Accept", JSON), ("Accept-Encoding", "identity"), ("User-Agent", "agentfleet")]
                 if body is not None:
-                    headers["Content-Type"] = content_type
+                    headers.append(("Content-Type", content_type))
                 if shared.access.authorization is not None:
-                    headers["Authorization"] = shared.access.authorization
+                    headers.append(("Authorization", shared.access.authorization))
+                headers.extend(shared.access.impersonation)
                 self.traffic.calls += 1
                 self.traffic.writes += method != "GET"
                 try:

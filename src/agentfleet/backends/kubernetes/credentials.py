@@ -18,6 +18,7 @@ from typing import Protocol
 
 import anyio
 
+from agentfleet.backends.kubernetes.credentials_impersonation import impersonation_of
 from agentfleet.backends.kubernetes.credentials_kubeconfig import Settings, load_settings
 from agentfleet.backends.kubernetes.credentials_plugin import run_plugin, run_provider
 from agentfleet.errors import SpecError
@@ -56,6 +57,8 @@ class Access:
     authorization: str | None = field(default=None, repr=False)
     """The whole Authorization header."""
     namespace: str = "default"
+    impersonation: tuple[tuple[str, str], ...] = ()
+    """Headers that say as whom each request is made, where that is somebody else."""
 
 
 class Credentials(Protocol):
@@ -167,6 +170,7 @@ class KubeConfig(_Cached):
     async def _read(self, *, forced: bool) -> Access:
         settings = load_settings(self._paths, self._context)
         cluster, user = settings.cluster, settings.user
+        impersonation = impersonation_of(user, settings.context)
         given = await self._from_plugin(settings, forced=forced) if "exec" in user else {}
         authorization = _authorization(settings, given)
         if authorization is None and "auth-provider" in user:
@@ -189,6 +193,7 @@ class KubeConfig(_Cached):
             ),
             authorization=authorization,
             namespace=settings.namespace,
+            impersonation=impersonation,
         )
 
     def _usable(self, rejected: Access | None) -> Access | None:

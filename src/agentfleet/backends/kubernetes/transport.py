@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import ssl
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ class Transport(Protocol):
     """Carries requests to one server with one set of certificates."""
 
     def exchange(
-        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, limits: Limits
+        self, method: str, url: str, *, headers: Sequence[tuple[str, str]], body: bytes | None, limits: Limits
     ) -> AbstractAsyncContextManager[Answer]:
         """Send one request; the answer is read inside the context.
 
@@ -151,7 +151,7 @@ class LibraryTransport:
 
     @asynccontextmanager
     async def exchange(
-        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, limits: Limits
+        self, method: str, url: str, *, headers: Sequence[tuple[str, str]], body: bytes | None, limits: Limits
     ) -> AsyncIterator[Answer]:
         """See `Transport`."""
         from aiohttp import ClientError, ClientTimeout  # noqa: PLC0415 - an extra
