@@ -137,7 +137,12 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             waited.append(seconds)
             await anyio.lowlevel.checkpoint()
 
+    class Other(Clock):
+        async def sleep(self, seconds: float) -> None:
+            await anyio.lowlevel.checkpoint()
+
     monkeypatch.setattr(deploying, "SystemClock", Clock)
+    monkeypatch.setattr(guard, "SystemClock", Other)  # which has pauses of its own
     return waited
 
 

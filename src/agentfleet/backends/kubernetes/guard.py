@@ -9,11 +9,13 @@ finds a higher epoch than its own. What does not exist yet is made by a request 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from agentfleet.backends.kubernetes import apply, naming
 from agentfleet.backends.kubernetes.connection import JSON, MERGE_PATCH, Query, Requests
@@ -21,15 +23,21 @@ from agentfleet.backends.kubernetes.errors import AlreadyExists, Replaced
 from agentfleet.backends.kubernetes.guarded import EPOCH, Stand, based, first_of, pod_based, uid_meant
 from agentfleet.backends.kubernetes.objects import Pod
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, PODS
+from agentfleet.backends.kubernetes.retry import Backoff
+from agentfleet.clock import SystemClock
 from agentfleet.core.fence import Fence
-from agentfleet.errors import Conflict, InstanceGone, NotLeader
+from agentfleet.errors import Conflict, DeadlineExceeded, InstanceGone, NotLeader
 
 __all__ = ["EPOCH", "Guard"]
 
 _TRIES = 8
 """Times that a write is based on a newer version: the status moves the version, too, several times in a rollout."""
+_PAUSE = 0.1
+"""Longest wait in seconds before the second try; it doubles, up to eight times as much."""
 _TIMEOUT = 10.0
-"""Seconds for one request, or less if the term lapses before."""
+"""Seconds for one request that writes, or less if the term lapses before, or the time of the whole call is over."""
+_PATIENCE = 30.0
+"""Seconds for a whole call that writes, unless it says otherwise."""
 
 
 class Guard:
@@ -74,7 +82,10 @@ class Guard:
         timeout: float | None = None,
         idempotent: bool | None = None,
     ) -> bytes:
-        """As `Connection.request`; raises `NotLeader` when another leads the fleet now, or may."""
+        """As `Connection.request`; raises `NotLeader` when another leads the fleet now, or may.
+
+        `timeout` is for waiting until other writes to the fleet are over, too.
+        """
         given: dict[str, Any] = {"query": query, "content_type": content_type, "idempotent": idempotent}
         if method == "GET":
             answer = await self._connection.request(method, path, body=body, timeout=timeout, **given)
@@ -82,6 +93,15 @@ class Guard:
                 self._learn(answer)
             return answer
         content: dict[str, Any] = json.loads(body or b"{}")
+        seconds = _PATIENCE if timeout is None else timeout
+        with anyio.move_on_after(seconds):
+            return await self._write_any(method, path, content, given)
+        raise DeadlineExceeded(
+            f"{method} {path}: not done within {seconds:g} s, because others write it all the time or the server is"
+            " slow; a part of it may have been done"
+        )
+
+    async def _write_any(self, method: str, path: str, content: dict[str, Any], given: Mapping[str, Any]) -> bytes:
         async with self._turn:
             if self._deployment not in self._known:
                 await self._look(self._deployment)
@@ -104,6 +124,7 @@ class Guard:
             return await self._write_decided(method, path, content, given)
         if whole not in self._known or (method == "DELETE" and self._known[whole] is None):  # it was listed, so it is
             await self._look(whole)
+        pauses = _pauses()
         for left in reversed(range(_TRIES)):
             known = self._known.get(whole)
             try:
@@ -114,10 +135,12 @@ class Guard:
             except AlreadyExists:  # made by another meanwhile
                 if not left:
                     raise
+                await pauses.wait()
                 await self._look(whole)
             except (Conflict, InstanceGone) as error:
                 if not left or known is None or (method == "DELETE" and isinstance(error, Replaced)):
                     raise
+                await pauses.wait()
                 await self._look(whole)
                 if self._known[whole] is None:  # deleted: whether to make it again is to be decided anew
                     raise
@@ -171,6 +194,7 @@ class Guard:
             NotLeader: A later term has stamped it.
         """
         self._known.pop(path, None)
+        pauses = _pauses()
         for left in reversed(range(_TRIES)):
             try:
                 seen = seen or Stand.of(await self._connection.request("GET", path))
@@ -187,6 +211,7 @@ class Guard:
             except (Conflict, InstanceGone):
                 if not left:
                     raise
+                await pauses.wait()
                 seen = None
             else:
                 return
@@ -206,12 +231,14 @@ class Guard:
         name, _, _ = path.removeprefix(self._pods).partition("/")
         uid, seen = uid_meant(method, content), self._pod(name)
         version = None if seen is None or seen.metadata.uid != uid else seen.metadata.resource_version
+        pauses = _pauses()
         for left in reversed(range(_TRIES)):
             try:
                 return await self._write(method, path, pod_based(method, content, version), given)
             except Conflict as conflict:
                 if not left or version is None:
                     raise
+                await pauses.wait()
                 async with self._turn:
                     await self._look(self._deployment)
                 now = Stand.of(await self._connection.request("GET", self._pods + name))
@@ -222,5 +249,12 @@ class Guard:
 
     async def _write(self, method: str, path: str, content: Mapping[str, Any], given: Mapping[str, Any]) -> bytes:
         body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-        with self._fence.writing(_TIMEOUT) as deadline:
+        await anyio.lowlevel.checkpoint_if_cancelled()  # what follows cannot be
+        left = anyio.current_effective_deadline() - anyio.current_time()
+        with self._fence.writing(min(_TIMEOUT, left)) as deadline:
             return await self._connection.request(method, path, body=body, timeout=deadline, **given)
+
+
+def _pauses() -> Backoff:
+    """Between the tries of one write."""
+    return Backoff(SystemClock(), random.Random(), initial=_PAUSE, limit=8 * _PAUSE)  # noqa: S311 - jitter
