@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -15,8 +16,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("kubernetes_asyncio")
 
+from tests.kube.test_config_map import Empty, configured
+
 from agentfleet import Event
+from agentfleet.backends.base import Workload
+from agentfleet.backends.kubernetes import Connection
+from agentfleet.backends.kubernetes import announcer as announcer_module
 from agentfleet.backends.kubernetes.announcer import Announced, Announcer
+from agentfleet.backends.kubernetes.backend import KubernetesBackend
 from agentfleet.backends.kubernetes.errors import AlreadyExists, NotFound
 from agentfleet.backends.kubernetes.notices import KINDS, Regarding, body_of, message_about, notice_of, repeat_of
 from agentfleet.errors import BackendUnavailable
@@ -256,6 +263,57 @@ def test_what_comes_before_the_deployment_is_told_when_it_exists() -> None:
             announcer.appeared("agents", DEPLOYMENT)
             await announcer.idle()
             assert announcer.announced == Announced(written=16, dropped=4)
+
+    run_virtual(main)
+
+
+def test_what_waits_for_a_deployment_goes_with_the_fleet() -> None:
+    """The next Deployment of its name is another fleet's."""
+
+    async def main() -> None:
+        server = Server()
+        async with Announcer(server, lambda *_: None) as announcer:
+            for seq in range(3):
+                announcer.announce(event("fleet.deployed", replicas=seq, revision=1, seq=seq))
+            announcer.deleted("agents")
+            announcer.deleted("unheard of")
+            announcer.appeared("agents", DEPLOYMENT)
+            await announcer.idle()
+            assert not server.events
+            assert announcer.announced == Announced(dropped=3)
+
+    run_virtual(main)
+
+
+def test_a_backend_that_deletes_a_fleet_tells_the_next_of_its_name_nothing_of_it() -> None:
+    async def main() -> None:
+        fleet = configured(2)
+        async with KubernetesBackend(cast("Connection", Empty())) as backend:
+            for _ in range(2):
+                backend.announce(event("fleet.stopped"))
+                await backend.delete(fleet.name)
+            await backend.apply(Workload(fleet, 1, fleet.template, 2))
+            await anyio.sleep(1)
+            assert backend.announced == Announced(dropped=2)
+
+    run_virtual(main)
+
+
+def test_only_so_many_fleets_are_waited_for() -> None:
+    """Some never get a Deployment: whoever has waited longest makes room."""
+
+    async def main() -> None:
+        server = Server()
+        async with Announcer(server, lambda *_: None) as announcer:
+            for number in range(announcer_module._EARLY_FLEETS + 2):
+                for seq in range(2):
+                    announcer.announce(replace(event("fleet.stopped", seq=seq), fleet=f"agents-{number}"))
+            assert len(announcer._early) == announcer_module._EARLY_FLEETS
+            assert announcer.announced == Announced(dropped=4)
+            for number in (0, 1, 2):
+                announcer.appeared(f"agents-{number}", replace(DEPLOYMENT, uid=f"d-{number}", name=f"agents-{number}"))
+            await announcer.idle()
+            assert {each["involvedObject"]["name"] for each in server.events.values()} == {"agents-2"}
 
     run_virtual(main)
 

@@ -39,6 +39,8 @@ _LAST_WORDS = 1.0
 """Seconds to write what still waits when the backend is closed."""
 _EARLY = 16
 """Notices of one fleet that wait for its Deployment to exist."""
+_EARLY_FLEETS = 256
+"""Fleets of which some wait so; for one more, those of the fleet that has waited longest are lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class Announcer:
         self._reporter = reporter or socket.gethostname() or "agentfleet"
         self._bucket = TokenBucket(*rate)
         self._waiting: deque[tuple[Notice, Regarding]] = deque()
-        self._early: dict[str, deque[Notice]] = {}
+        self._early: OrderedDict[str, deque[Notice]] = OrderedDict()
         self._budgets: OrderedDict[str, _Budget] = OrderedDict()
         self._known: OrderedDict[tuple[str, ...], _Written] = OrderedDict()
         self._came = anyio.Event()
@@ -143,18 +145,30 @@ class Announcer:
             return
         regarding = self._find(notice.fleet, notice.instance) or self._find(notice.fleet, None)
         if regarding is None:
-            early = self._early.setdefault(notice.fleet, deque())
-            if len(early) >= _EARLY:
-                self._lose("dropped")
-            else:
-                early.append(notice)
+            self._wait(notice)
         else:
             self._put(notice, regarding)
+
+    def _wait(self, notice: Notice) -> None:
+        """Keep a notice until there is a Deployment to tell it about."""
+        early = self._early.setdefault(notice.fleet, deque())
+        if len(early) >= _EARLY:
+            self._lose("dropped")
+            return
+        early.append(notice)
+        if len(self._early) > _EARLY_FLEETS:
+            self.deleted(next(iter(self._early)))
 
     def appeared(self, fleet: str, regarding: Regarding) -> None:
         """Say that a fleet's Deployment exists: what was to be told before is told about it."""
         for notice in self._early.pop(fleet, ()):
             self._put(notice, regarding)
+
+    def deleted(self, fleet: str) -> None:
+        """Say that there will be no Deployment of this fleet: the next one of its name is another's."""
+        early = self._early.pop(fleet, ())
+        if early:
+            self._lose("dropped", len(early))
 
     def _put(self, notice: Notice, regarding: Regarding) -> None:
         if not self._allowed(regarding.uid):

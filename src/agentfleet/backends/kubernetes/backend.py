@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -313,6 +313,8 @@ class KubernetesBackend:
         """Delete every object of the fleet, and its configuration; the pods go with their Deployment."""
         self._forget(fleet)
         await self._delete_all(fleet)
+        if self._announcer is not None:
+            self._announcer.deleted(fleet)
 
     async def _delete_all(self, fleet: str, *, but: str | None = None) -> None:
         """Delete what belongs to a fleet, but for one kind: a Deployment of its name may be another's by now."""
@@ -332,13 +334,8 @@ class KubernetesBackend:
             DisruptionBlocked: The budget is used up; nothing was done.
             BackendError: As `Connection.request`.
         """
-        pod = self._pod(fleet, id)
-        if pod is None:
-            return
-        try:
-            await self._end(pod, fleet, grace)
-        except InstanceGone:
-            return  # or another of the same name is there
+        with suppress(InstanceGone):  # or another of the same name is there
+            await self._end(self._found(fleet, id), fleet, grace)
 
     async def restart(self, fleet: str, id: str, *, grace: float) -> None:
         """End one pod as `stop` does; its Deployment puts another in its place.
