@@ -57,6 +57,8 @@ class _Said:
 class KubernetesBackend:
     """Keeps fleets as Deployments. Use it as an async context manager; fleets outlive it.
 
+    Several fleets may use one. The task that opened it must close it: enter it around fleets that run in their own.
+
     Args:
         connection: How the API server is asked; found as kubectl does when omitted, and then closed with the backend.
         namespace: Where the fleets live; by default that of the connection.

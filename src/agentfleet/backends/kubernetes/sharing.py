@@ -12,6 +12,8 @@ __all__ = ["Shared"]
 class Shared:
     """Counts the users of something, and opens and closes it for them, one at a time.
 
+    What is open may hold task groups, which are closed by the task that opened them: its user should go last.
+
     Args:
         open: Opens it; if that fails, or is cancelled, nothing is left open.
         close: Closes it, also when it is cancelled meanwhile.
