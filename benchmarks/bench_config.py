@@ -2,10 +2,12 @@
 
 Run: `python -m benchmarks config`, or `python -m benchmarks.bench_config [AGENTS] [CHANGES]` (1,000 and 100).
 
-A server process (uvicorn, `server.config` on `delivery`) on a real database, and two processes with the agents' own
-`agentfleet.agent.subscribe`. A change counts from the moment at which its write was acknowledged. Beside it, in the
-same run and with the same agents, a bare server of events: one process of aiohttp that stores nothing and writes the
-same bytes to each connection in turn. Then the server is killed, a change is published, and after 30 s it is back.
+A server process on a real database, and two processes with the agents' own `agentfleet.agent.subscribe`. The server is
+delivery alone (uvicorn, `server.config` on `delivery`), or `agentfleet serve` as users run it, where each agent shows
+its token and changes come by REST. A change counts from the moment at which its write was acknowledged, by REST from
+that at which it was asked for. Beside it, in the same run and with the same agents, a bare server of events: one
+process of aiohttp that stores nothing and writes the same bytes to each connection in turn. Then the server is killed,
+a change is published, and after 30 s it is back.
 """
 
 from __future__ import annotations
@@ -30,13 +32,17 @@ from typing import Any
 import anyio
 import psutil
 
+from agentfleet import AgentTemplate, FleetSpec
 from agentfleet.agent.subscribe import Subscription
+from agentfleet.client import FleetClient
 from agentfleet.configstore import ConfigStore
 from agentfleet.delivery import ConfigDelivery, Parcel
 from agentfleet.server.config import ConfigApp
 from agentfleet.stores.config import ConfigRevision
-from agentfleet.stores.sql import Database, SqlAcks, SqlConfig
+from agentfleet.stores.sql import Database, SqlAcks, SqlConfig, SqlTokens
+from agentfleet.stores.tokens import Scope, new_token
 from agentfleet.testing.postgres import Postgres
+from agentfleet.testing.serving import ServedManager
 
 AGENTS, CHANGES = 1000, 100
 PAUSE = 1.1
@@ -146,6 +152,26 @@ async def serve(url: str, port: int) -> None:
         tasks.cancel_scope.cancel()
 
 
+async def manage(url: str, port: int) -> None:
+    """`agentfleet serve` with one fleet; "put" publishes a change by REST. Tells the token of its agents first."""
+    async with Database(url) as database:
+        token, record = new_token("agents", scopes=(Scope.AGENT,), fleets=(KEY,), now=time.time())
+        await SqlTokens(database).add(record)
+    with tempfile.TemporaryDirectory() as folder:
+        manager = ServedManager(database=url, backend="memory", folder=Path(folder), port=port)
+        async with manager, FleetClient(manager.url) as client:
+            template = AgentTemplate(command=("agent",))
+            made = await client.create(FleetSpec(name=KEY, template=template, replicas=1))
+            await client.finished(made.operation_id, timeout=60)
+            reader = await lines()
+            say({"ready": time.monotonic(), "token": token})
+            while (await reader.readline()).decode().strip():
+                document = DOCUMENT | {"nonce": random.random()}
+                asked = time.monotonic()  # many have it before the answer comes
+                head = await client.configuration.publish(KEY, document, reason="measure")
+                say({"revision": head.revision, "at": asked})
+
+
 async def publish(store: ConfigStore) -> int:
     """Store a document that differs from the last."""
     document = DOCUMENT | {"nonce": random.random()}
@@ -236,7 +262,7 @@ def free_port() -> int:
 # ------------------------------------------------------------------------------------------------ the agents
 
 
-async def subscribe(port: int, first: int, count: int) -> None:
+async def subscribe(port: int, first: int, count: int, token: str) -> None:
     """Many agents in one process; "at N" tells when the last of them had revision N or a later one."""
     having: dict[int, tuple[int, float]] = {}
     newest = [0] * count
@@ -253,7 +279,10 @@ async def subscribe(port: int, first: int, count: int) -> None:
 
         url = f"http://127.0.0.1:{port}/api/v1/clusters/{KEY}"
         rng = random.Random(first + number)
-        return Subscription(url, f"agent-{first + number}", offer=offer, running=lambda: newest[number], rng=rng)
+        name = f"agent-{first + number}"
+        return Subscription(
+            url, name, offer=offer, running=lambda: newest[number], token=lambda: token or None, rng=rng
+        )
 
     tasks = [asyncio.create_task(agent(number).run()) for number in range(count)]
     reader = await lines()
@@ -270,10 +299,10 @@ async def subscribe(port: int, first: int, count: int) -> None:
 
 
 @contextmanager
-def agents(port: int, count: int) -> Iterator[list[Process]]:
+def agents(port: int, count: int, token: str = "") -> Iterator[list[Process]]:
     """The agents, in two processes."""
     half = count // 2
-    made = [Process("subscribe", port, 0, half), Process("subscribe", port, half, count - half)]
+    made = [Process("subscribe", port, 0, half, token), Process("subscribe", port, half, count - half, token)]
     try:
         for each in made:
             each.hear()
@@ -326,9 +355,12 @@ def measured(name: str, arguments: tuple[str, ...], count: int, changes: int) ->
     port = free_port()
     server = Process(*arguments, port)
     try:
-        server.hear()
-        with agents(port, count) as clients:
-            subscribed(server, count)
+        token = server.hear().get("token", "")
+        with agents(port, count, token) as clients:
+            if arguments[0] == "manage":
+                reach(clients, server.ask("put")["revision"])
+            else:
+                subscribed(server, count)
             found = spans(lambda: server.ask("put"), clients, changes)
             if arguments[0] == "bare":
                 return [row(name, found, count, "stores nothing")]
@@ -390,9 +422,11 @@ def run(count: int = AGENTS, changes: int = CHANGES) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder) / 'config.db'}"
         rows += measured("SQLite", ("serve", url), count, changes)
+        rows += measured("agentfleet serve, SQLite", ("manage", f"{url}-served"), count, changes)
         rows += outage(url, count)
         with Postgres() as postgres:
             rows += measured("PostgreSQL", ("serve", postgres.database()), count, changes)
+            rows += measured("agentfleet serve, PostgreSQL", ("manage", postgres.database()), count, changes)
     return rows
 
 
@@ -404,8 +438,10 @@ if __name__ == "__main__":
             asyncio.run(write(url))
         case ["bare", port]:
             asyncio.run(bare(int(port)))
-        case ["subscribe", port, first, count]:
-            asyncio.run(subscribe(int(port), int(first), int(count)))
+        case ["manage", url, port]:
+            asyncio.run(manage(url, int(port)))
+        case ["subscribe", port, first, count, token]:
+            asyncio.run(subscribe(int(port), int(first), int(count), token))
         case given:
             for each in run(*map(int, given)):
                 print(each, flush=True)
