@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -141,6 +142,8 @@ def on(
 
     async def run() -> None:
         wanted = None if like is None else await fault_free(plane, like)
+        if wanted is not None and not leases:
+            wanted = replace(wanted, end=replace(wanted.end, owned={**wanted.end.owned, "leases": 0}))
         with anyio.fail_after(300):
             async with faulty(plane, nodes=nodes, leases=leases) as there:
                 there.wanted = wanted
