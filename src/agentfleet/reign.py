@@ -180,15 +180,16 @@ class Reign:
         if not self._deleted or self._removing is None:
             return
         name, timeout = self.runtime.name, self._request
-        with anyio.CancelScope(shield=True):  # each of the two requests ends in time
-            try:
+        try:
+            with anyio.fail_after(2 * timeout, shield=True):  # also for a store that keeps no deadlines
                 left = await self._removing.get(name, timeout=timeout)
                 if left is not None and left.holder is None:
                     await self._removing.remove(name, left, timeout=timeout)
-            except Conflict:
-                return  # somebody has taken it meanwhile
-            except (AgentFleetError, OSError) as error:
-                log.warning("the lease of fleet %s stays, though the fleet was deleted: %s", name, error)
+        except Conflict:
+            return  # somebody has taken it meanwhile
+        except (AgentFleetError, OSError) as error:  # TimeoutError is an OSError
+            why = str(error) or f"no answer within {2 * timeout:g} s"
+            log.warning("the lease of fleet %s stays, though the fleet was deleted: %s", name, why)
 
     # ------------------------------------------------------------------------------------------ the terms
 

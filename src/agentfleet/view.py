@@ -208,10 +208,9 @@ class FleetView:
     def serving(self) -> Iterator[Member]:
         """Instances that work may be sent to."""
         for bucket in self._buckets.values():
-            for condition in EXPENDABLE:  # not SERVING: a set's order differs from process to process
-                if condition in SERVING:
-                    for id in bucket[condition]:
-                        yield self.members[id]
+            for condition in filter(SERVING.__contains__, EXPENDABLE):  # a set's own order differs between processes
+                for id in bucket[condition]:
+                    yield self.members[id]
 
     def next_slots(self, count: int) -> list[int]:
         """The `count` lowest free slots; they are taken when instances are added to them."""

@@ -356,6 +356,24 @@ async def test_the_lease_of_a_deleted_fleet_goes_and_no_other() -> None:
 
 
 @virtual
+async def test_a_store_that_never_answers_holds_up_nobody_who_leaves(caplog: pytest.LogCaptureFixture) -> None:
+    class Mute(MemoryLeases):
+        async def remove(self, name: str, record: LeaseRecord, *, timeout: float) -> None:
+            del name, record, timeout
+            await anyio.sleep_forever()
+
+    there = Shared()
+    there.leases = Mute(clock=there.clock)
+    async with there.manager("one") as (first, _):
+        await first.leading(timeout=5)
+        await first.deploy()
+        await first.delete(timeout=120)
+        left = there.now
+    assert there.now - left < 60
+    assert "stays, though the fleet was deleted: no answer within" in caplog.text
+
+
+@virtual
 async def test_a_lease_that_cannot_be_removed_stays(caplog: pytest.LogCaptureFixture) -> None:
     there = Shared()
     async with there.manager("one") as (first, way):

@@ -35,9 +35,8 @@ class Shared:
     async def leave(self) -> None:
         """Be none any more; the last one closes it, and who comes meanwhile waits, and opens it again."""
         lock = self._turn()
-        with anyio.CancelScope(
-            shield=True
-        ):  # else one would be counted for ever; nobody opens or closes now: we use it
+        # Else one would be counted for ever. It is not long: whoever has the lock neither opens nor closes what we use.
+        with anyio.CancelScope(shield=True):
             await lock.acquire()
         try:
             self._users -= 1
