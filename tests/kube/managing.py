@@ -7,9 +7,11 @@ what came of it, and when it leads. SIGTERM has it leave.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
+import traceback
 from typing import Any
 
 import anyio
@@ -82,4 +84,8 @@ async def manage(kubeconfig: str, namespace: str, journal: str, identity: str) -
 
 if __name__ == "__main__":
     config, namespace, journal, identity = sys.argv[1:]
-    anyio.run(manage, config, namespace, journal, identity)
+    try:
+        anyio.run(manage, config, namespace, journal, identity)
+    except Exception:  # noqa: BLE001 - told to whoever started it
+        say("died", error=traceback.format_exc())
+        os._exit(1)  # a thread waits for the next command still

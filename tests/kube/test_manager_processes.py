@@ -9,15 +9,17 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 pytest.importorskip("kubernetes_asyncio")
@@ -52,11 +54,12 @@ class Manager:
         """Take down what it says."""
         assert self.process.stdout is not None
         rest = b""
-        async for piece in self.process.stdout:
-            *lines, rest = (rest + piece).split(b"\n")
-            self.said += [json.loads(line) for line in lines]
-            self._more.set()
-            self._more = anyio.Event()
+        with suppress(anyio.ClosedResourceError):  # it is ended
+            async for piece in self.process.stdout:
+                *lines, rest = (rest + piece).split(b"\n")
+                self.said += [json.loads(line) for line in lines]
+                self._more.set()
+                self._more = anyio.Event()
 
     async def hear(self, what: str, *, after: int = 0, seconds: float = 60.0) -> dict[str, Any]:
         """The first thing of a kind that it says after so many others."""
@@ -65,6 +68,7 @@ class Manager:
                 found = next((each for each in self.said[after:] if each["what"] == what), None)
                 if found is not None:
                     return found
+                assert not [each for each in self.said if each["what"] == "died"], self.said
                 await self._more.wait()
 
     async def tell(self, command: str, answer: str = "done") -> dict[str, Any]:
@@ -91,6 +95,21 @@ class Two:
         with anyio.fail_after(seconds):
             while len(self.pods.good) != size:  # noqa: ASYNC110 - it has no event
                 await anyio.sleep(0.05)
+
+    async def stop_first(self) -> None:
+        """Stop the first manager between two writes: SQLite lets nobody write while one who does is stopped."""
+        while True:
+            self.first.process.send_signal(signal.SIGSTOP)
+            with closing(sqlite3.connect(self.journal.removeprefix("sqlite:///"), timeout=0)) as journal:
+                try:
+                    journal.execute("BEGIN IMMEDIATE")
+                except sqlite3.OperationalError as error:
+                    if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                        raise
+                else:
+                    return
+            self.first.process.send_signal(signal.SIGCONT)
+            await anyio.lowlevel.checkpoint()
 
     def kinds(self) -> list[str]:
         with SqlJournal(self.journal) as journal:
@@ -183,7 +202,7 @@ def test_a_leader_that_was_stopped_writes_nothing_when_it_goes_on(plane: Control
         async with two(plane, tmp_path) as both:
             assert both.first.process.stdin is not None
             await both.first.process.stdin.send(b"scale 20\n")
-            both.first.process.send_signal(signal.SIGSTOP)
+            await both.stop_first()
             stopped = time.monotonic()
             led = await both.second.hear("leads", seconds=30)
             assert led["at"] - stopped < 12
