@@ -4,8 +4,8 @@ Run: `python -m benchmarks config`, or `python -m benchmarks.bench_config [AGENT
 
 A server process on a real database, and two processes with the agents' own `agentfleet.agent.subscribe`. The server is
 delivery alone (uvicorn, `server.config` on `delivery`), or `agentfleet serve` as users run it, where each agent shows
-its token and changes come by REST. A change counts from the moment at which its write was acknowledged, by REST from
-that at which it was asked for. Beside it, in the same run and with the same agents, a bare server of events: one
+its token and changes come by REST. A change counts from the moment at which its write was acknowledged, by REST beside
+that from the request on, too. Beside it, in the same run and with the same agents, a bare server of events: one
 process of aiohttp that stores nothing and writes the same bytes to each connection in turn. Then the server is killed,
 a change is published, and after 30 s it is back.
 """
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from agentfleet.delivery import ConfigDelivery, Parcel
 from agentfleet.server.config import ConfigApp
 from agentfleet.stores.config import ConfigRevision
 from agentfleet.stores.sql import Database, SqlAcks, SqlConfig, SqlTokens
-from agentfleet.stores.tokens import Scope, new_token
+from agentfleet.stores.tokens import ALL, Scope, new_token
 from agentfleet.testing.postgres import Postgres
 from agentfleet.testing.serving import ServedManager
 
@@ -159,21 +159,25 @@ async def manage(url: str, count: int, port: int) -> None:
     Tells the token of the fleet's agents first.
     """
     async with Database(url) as database:
+        kept = SqlTokens(database)
         token, record = new_token("agents", scopes=(Scope.AGENT,), fleets=(KEY,), now=time.time())
-        await SqlTokens(database).add(record)
+        await kept.add(record)
+        admin, record = new_token("operator", scopes=(Scope.ADMIN,), fleets=(ALL,), now=time.time())
+        await kept.add(record)
     with tempfile.TemporaryDirectory() as folder:
-        manager = ServedManager(database=url, backend="memory", folder=Path(folder), port=port)
-        async with manager, FleetClient(manager.url) as client:
+        manager = ServedManager(database=url, backend="memory", folder=Path(folder), port=port, tokens=True)
+        async with manager, FleetClient(manager.url, token=admin) as client:
             template = AgentTemplate(command=("agent",))
             made = await client.create(FleetSpec(name=KEY, template=template, replicas=count))
             await client.finished(made.operation_id, timeout=60)
+            names = [each.instance_id async for each in client.instances(KEY)]
             reader = await lines()
-            say({"ready": time.monotonic(), "token": token})
+            say({"ready": time.monotonic(), "token": token, "names": names})
             while (await reader.readline()).decode().strip():
                 document = DOCUMENT | {"nonce": random.random()}
-                asked = time.monotonic()  # many have it before the answer comes
+                asked = time.monotonic()
                 head = await client.configuration.publish(KEY, document, reason="measure")
-                say({"revision": head.revision, "at": asked})
+                say({"revision": head.revision, "asked": asked, "at": time.monotonic()})
 
 
 async def publish(store: ConfigStore) -> int:
@@ -267,7 +271,9 @@ def free_port() -> int:
 
 
 async def subscribe(port: int, first: int, count: int, token: str) -> None:
-    """Many agents in one process; "at N" tells when the last of them had revision N or a later one."""
+    """Many agents in one process, told their names; "at N": when the last of them had revision N or a later one."""
+    reader = await lines()
+    names = json.loads(await reader.readline())
     having: dict[int, tuple[int, float]] = {}
     newest = [0] * count
     moved = asyncio.Event()
@@ -283,13 +289,11 @@ async def subscribe(port: int, first: int, count: int, token: str) -> None:
 
         url = f"http://127.0.0.1:{port}/api/v1/clusters/{KEY}"
         rng = random.Random(first + number)
-        name = f"agent-{first + number}"
         return Subscription(
-            url, name, offer=offer, running=lambda: newest[number], token=lambda: token or None, rng=rng
+            url, names[number], offer=offer, running=lambda: newest[number], token=lambda: token or None, rng=rng
         )
 
     tasks = [asyncio.create_task(agent(number).run()) for number in range(count)]
-    reader = await lines()
     say({"ready": time.monotonic()})
     while line := (await reader.readline()).decode().strip():
         revision = int(line.removeprefix("at "))
@@ -303,11 +307,14 @@ async def subscribe(port: int, first: int, count: int, token: str) -> None:
 
 
 @contextmanager
-def agents(port: int, count: int, token: str = "") -> Iterator[list[Process]]:
+def agents(port: int, count: int, token: str = "", names: Sequence[str] = ()) -> Iterator[list[Process]]:
     """The agents, in two processes."""
     half = count // 2
+    names = names or [f"agent-{number}" for number in range(count)]
     made = [Process("subscribe", port, 0, half, token), Process("subscribe", port, half, count - half, token)]
     try:
+        made[0].tell(json.dumps(names[:half]))
+        made[1].tell(json.dumps(names[half:]))
         for each in made:
             each.hear()
         yield made
@@ -335,16 +342,16 @@ def subscribed(server: Process, count: int) -> None:
         time.sleep(0.1)
 
 
-def spans(put: Any, clients: list[Process], changes: int, pause: float = PAUSE) -> list[float]:
-    """Milliseconds from each acknowledged write to the last agent."""
-    found = []
+def spans(put: Any, clients: list[Process], changes: int, pause: float = PAUSE) -> dict[str, list[float]]:
+    """Milliseconds to the last agent, from each acknowledged write ("at"), and from when it was "asked" for if told."""
+    found: dict[str, list[float]] = {"at": [], "asked": []}
     for number in range(changes + 3):
         said = put()
         last = reach(clients, said["revision"])
-        if number >= 3:  # the first ones warm up
-            found.append(1000 * (last - said["at"]))
+        for since in found.keys() & said.keys() if number >= 3 else ():  # the first ones warm up
+            found[since].append(1000 * (last - said[since]))
         time.sleep(pause)
-    return sorted(found)
+    return {since: sorted(took) for since, took in found.items()}
 
 
 def row(name: str, found: list[float], count: int, note: str) -> Row:
@@ -359,18 +366,22 @@ def measured(name: str, arguments: tuple[str, ...], count: int, changes: int) ->
     port = free_port()
     server = Process(*arguments, port)
     try:
-        token = server.hear().get("token", "")
-        with agents(port, count, token) as clients:
+        said = server.hear()
+        with agents(port, count, said.get("token", ""), said.get("names", ())) as clients:
             if arguments[0] == "manage":
                 reach(clients, server.ask("put")["revision"])
-                found = spans(lambda: server.ask("put"), clients, changes // 3, SERVED_PAUSE)
-                return [row(name, found, count, "from the request on; goals: 30 and 60 ms")]
+                took = spans(lambda: server.ask("put"), clients, changes // 3, SERVED_PAUSE)
+                goal = "goals: 30 and 60 ms"
+                return [
+                    row(name, took["at"], count, f"from the answer on; {goal}"),
+                    row(f"{name}, from the request on", took["asked"], count, "with validation, write and answer"),
+                ]
             subscribed(server, count)
-            found = spans(lambda: server.ask("put"), clients, changes)
+            found = spans(lambda: server.ask("put"), clients, changes)["at"]
             if arguments[0] == "bare":
                 return [row(name, found, count, "stores nothing")]
             with writer(arguments[1]) as another:
-                other = spans(lambda: another.ask("put"), clients, changes // 2)
+                other = spans(lambda: another.ask("put"), clients, changes // 2)["at"]
             goal = "goals: 30 and 60 ms"
             return [row(name, found, count, goal), row(f"{name}, another process writes", other, count, goal)]
     finally:

@@ -114,6 +114,9 @@ class ConfigFeed:
         self._tasks: TaskGroup | None = None
         self._targets: dict[str, _Target] = {}
         self._behind: set[str] = set()
+        self._expected: dict[str, float] = {}
+        """Those behind whose stream is to bring it, the earliest first, and until when."""
+        self._expecting = False
         self._published_at: float | None = None
         self._latencies: list[float] = []
         self._moved = anyio.Event()
@@ -149,7 +152,7 @@ class ConfigFeed:
                     self._begin(id)
                 await self._follow()
             finally:
-                self._tasks = None  # while the others end, instances may still come and go
+                self._tasks, self._expecting = None, False  # while the others end, instances may still come and go
 
     async def _forget_the_gone(self) -> None:
         """Whoever went while nobody led is not counted any more."""
@@ -236,6 +239,7 @@ class ConfigFeed:
     def forget(self, id: str) -> None:
         """The instance is gone or leaving."""
         target = self._targets.pop(id, None)
+        self._expected.pop(id, None)
         if target is not None:
             target.nudge.set()
             self.refused.pop(id, None)
@@ -263,35 +267,57 @@ class ConfigFeed:
         target = self._targets[id]
         if self._wanted(id) <= target.answered:
             self._behind.discard(id)
-        else:
-            self._behind.add(id)
-            if renew:
-                self.refused.pop(id, None)
-                target.nudge.set()
-            self._begin(id)
+            self._expected.pop(id, None)
+            return
+        self._behind.add(id)
+        if renew:
+            self.refused.pop(id, None)
+            self._expected.pop(id, None)
+            target.nudge.set()
+        self._begin(id)
 
     def _begin(self, id: str) -> None:
+        """Have an instance that is behind brought forward: by its stream, if it has one, or else by pushes."""
         target = self._targets[id]
-        if id in self._behind and not target.pushing and self._tasks is not None:
-            target.pushing = True
-            self._tasks.start_soon(self._deliver, id, target, name=f"configure {id}")
+        if id not in self._behind or target.pushing or self._tasks is None:
+            return
+        if not target.streams:
+            self._push_to(id, target, self._tasks)
+            return
+        self._expected.setdefault(id, self._clock.now() + STREAM_GRACE)
+        if not self._expecting:  # one task for all of them: a thousand would delay the very streams
+            self._expecting = True
+            self._tasks.start_soon(self._push_late, self._tasks, name=f"late {self._key}")
+
+    async def _push_late(self, tasks: TaskGroup) -> None:
+        """Push to those whose stream has not brought what they are to have."""
+        while self._expected:
+            id, due = next(iter(self._expected.items()))
+            if (rest := due - self._clock.now()) > 0:
+                await self._clock.sleep(rest)
+                continue
+            del self._expected[id]
+            if not self._targets[id].pushing:
+                self._push_to(id, self._targets[id], tasks)
+        self._expecting = False
+
+    def _push_to(self, id: str, target: _Target, tasks: TaskGroup) -> None:
+        target.pushing = True
+        tasks.start_soon(self._deliver, id, target, name=f"configure {id}")
 
     async def _deliver(self, id: str, target: _Target) -> None:
         """Push until this process has what it is to have, refused it, or is gone."""
         assert self._limiter is not None
         pause = RETRY[0]
-        waits = target.streams
         try:
             while self._targets.get(id) is target and id in self._behind:
-                answered = False
-                if not waits:
-                    async with self._limiter:
-                        answered = await self._push(id, target)
+                async with self._limiter:
+                    answered = await self._push(id, target)
                 if not answered:
-                    with anyio.move_on_after(STREAM_GRACE if waits else pause):
+                    with anyio.move_on_after(pause):
                         target.nudge = anyio.Event()
                         await target.nudge.wait()
-                    pause, waits = min(RETRY[1], pause * 2), False
+                    pause = min(RETRY[1], pause * 2)
         finally:
             target.pushing = False
 
@@ -347,6 +373,7 @@ class ConfigFeed:
     def _answered(self, id: str) -> None:
         if id in self._behind:
             self._behind.discard(id)
+            self._expected.pop(id, None)
             self._check_done()
 
     def _stir(self) -> None:

@@ -14,7 +14,9 @@ from tests.fleet.world import World, spec
 
 from agentfleet import BackendUnavailable, ConfigError, ConfigInvalid, ConfigStore, DeadlineExceeded, Fleet
 from agentfleet.configrings import ConfigRings
+from agentfleet.instances import Instance
 from agentfleet.signals.http import HttpError, Response
+from agentfleet.stores.acks import ConfigAck
 from agentfleet.stores.config import ConfigRevision
 from agentfleet.stores.config_memory import MemoryConfig
 from agentfleet.testing import virtual
@@ -160,6 +162,37 @@ async def test_one_that_cannot_be_reached_is_tried_again() -> None:
         agents.deaf.clear()
         await anyio.sleep(10)
         assert list(agents.now().values()) == [{"n": 1}] * 3
+
+
+@virtual
+async def test_who_has_a_stream_is_pushed_only_what_that_does_not_bring() -> None:
+    """A stream has three seconds for each revision, from the newest one on; whoever it fails is pushed then."""
+    world = World(spec(4))
+    agents = Agents(world)
+    async with attach(world.fleet(), agents) as fleet, anyio.create_task_group() as tasks:
+        await fleet.deploy()
+        await fleet.configure({"n": 1})
+        first, *others = world.instances
+
+        def streamed(revision: int, *instances: Instance) -> None:
+            for each in instances:
+                fleet._runtime.feed._acks.hear(ConfigAck(each.id, revision, via="stream"))
+
+        streamed(1, first, *others)
+        agents.pushes.clear()
+        tasks.start_soon(fleet.configure, {"n": 2})
+        await anyio.sleep(1)
+        streamed(2, *others)
+        await anyio.sleep(1)
+        tasks.start_soon(fleet.configure, {"n": 3})
+        await anyio.sleep(1)
+        streamed(3, *others)
+        await anyio.sleep(1.8)
+        assert not agents.pushes  # the first one's stream has had 2.8 s for the third revision
+        await anyio.sleep(1)
+        assert agents.pushes == {first.address: 1}
+        assert agents.now()[first.id] == {"n": 3}
+        assert fleet._runtime.feed.running == {each.id: 3 for each in world.instances}
 
 
 @virtual

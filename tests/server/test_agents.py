@@ -222,7 +222,7 @@ async def token_of(here: World, name: str = "agents", *fleets: str) -> str:
 
 
 async def test_agents_come_through_the_gate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "agentfleet.server.access")
+    caplog.set_level(logging.DEBUG, "agentfleet.server.access")
     async with world(tmp_path) as here:
         await here.cluster("a")
         await here.ask("PUT", "/api/v1/clusters/a/configuration", {"document": {"n": 1}, "reason": "first"})
@@ -232,8 +232,10 @@ async def test_agents_come_through_the_gate(tmp_path: Path, caplog: pytest.LogCa
         assert found.headers["x-request-id"]
         line = next(each for each in caplog.records if getattr(each, "route", "") == "/api/v1/clusters/{id}/config")
         assert (line.__dict__["status"], line.__dict__["actor"]) == (200, "token/agents")
+        assert line.levelno == logging.DEBUG  # what a thousand agents say of each change is no news
         wrong = await agent("POST", ACKS.format("a"), {"instance": "i1", "revision": -1})
         assert (wrong.status, wrong.kind, wrong.fields()) == (422, "invalid", ["revision"])
+        assert [each.levelno for each in caplog.records if getattr(each, "status", 0) == 422] == [logging.INFO]
         for path in (FETCH, STREAM):
             nobody = await here.ask.by("x" * 40)("GET", path.format("a"))
             assert (nobody.status, nobody.kind) == (401, "unauthenticated")

@@ -59,7 +59,8 @@ class AgentsApp(config.ConfigApp):
         exchange = exchange_of(scope)
         exchange.route = config.route_of(scope)
         exchange.principal = await recognise(self._api, exchange)
-        exchange.counts = not exchange.principal.is_agent  # agents' own words are too many, and kept where they belong
+        exchange.routine = exchange.principal.is_agent
+        exchange.counts = not exchange.routine  # agents' own words are too many, and kept where they belong
         try:
             await self._serve(scope, receive, send)
         except config.Refusal as refusal:

@@ -42,6 +42,7 @@ class Exchange:
         deadline: Ends what takes too long.
         counts: Whether a change that was asked for is audited: not where it was one too many and not looked at, and not
             where nothing changes.
+        routine: Whether very many of its kind are expected; only a refusal is logged then.
         route: What was asked, as a template, where no route of the framework says it.
         give_back: Ends that it counts among the requests that are answered at once; may be called twice.
     """
@@ -58,6 +59,7 @@ class Exchange:
     status: int = 0
     deadline: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     counts: bool = True
+    routine: bool = False
     route: str = ""
     give_back: Callable[[], None] = lambda: None
 

@@ -223,7 +223,8 @@ class _Answering:
         route = exchange.route or getattr(self._scope.get("route"), "path", "(none)")
         self._api.metrics.answered(route, exchange.method, exchange.status, seconds)
         who = "nobody" if exchange.principal is None else exchange.principal.name
-        log.info(
+        log.log(
+            logging.DEBUG if exchange.routine and exchange.status < 400 else logging.INFO,
             "%s %s %d",
             exchange.method,
             exchange.path,

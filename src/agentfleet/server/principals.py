@@ -97,5 +97,5 @@ def greatest(scopes: Iterable[Scope]) -> Scope:
     return max(scopes, key=lambda each: each.rank)
 
 
-LOOPBACK = Principal("loopback", "none", Scope.ADMIN, frozenset({ALL}))
-"""Whoever asks from this machine, where the server was told to ask nobody for a token."""
+LOOPBACK = Principal("loopback", "none", Scope.ADMIN, frozenset({ALL}), agent=True)
+"""Whoever asks from this machine, where the server was told to ask nobody for a token: agents, too."""

@@ -40,6 +40,7 @@ class ServedManager:
         options: Further options of `agentfleet serve`.
         env: Further environment variables, such as KUBECONFIG.
         port: Where it listens; a free one when omitted, the same after each start.
+        tokens: Whether it asks for tokens, of its database; else it lets everybody in who asks from this machine.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class ServedManager:
         options: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         port: int | None = None,
+        tokens: bool = False,
     ) -> None:
         self.identity = identity
         self.log = folder / f"{identity}.log"
         self._address = f"127.0.0.1:{free_ports(1)[0] if port is None else port}"
-        command = [sys.executable, "-m", "agentfleet.cli", "serve", "--insecure-loopback", "--open-metrics"]
+        command = [sys.executable, "-m", "agentfleet.cli", "serve", "--open-metrics"]
+        command += [] if tokens else ["--insecure-loopback"]
         command += ["--database", database, "--backend", backend, "--identity", identity]
         command += ["--port", self._address.rpartition(":")[2], *options]
         if backend == "process":
