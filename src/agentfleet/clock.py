@@ -13,6 +13,8 @@ from typing import Protocol
 
 import anyio
 
+_BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
 
 class Clock(Protocol):
     """Where the loops get the time from."""
@@ -49,6 +51,18 @@ class SystemClock:
             self._start = loop_time
         assert self._epoch is not None
         return self._epoch + (loop_time - self._start)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait on the event loop's time."""
+        await anyio.sleep(max(0.0, seconds))
+
+
+class BootClock:
+    """Seconds since the machine started, time asleep included: a suspended leader wakes up knowing that it is late."""
+
+    def now(self) -> float:
+        """Seconds since the machine started."""
+        return time.clock_gettime(_BOOT)
 
     async def sleep(self, seconds: float) -> None:
         """Wait on the event loop's time."""

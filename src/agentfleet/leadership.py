@@ -16,7 +16,6 @@ import math
 import random
 import secrets
 import socket
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +25,7 @@ from typing import Self
 import anyio
 from anyio.abc import TaskGroup
 
-from agentfleet.clock import Clock
+from agentfleet.clock import BootClock, Clock
 from agentfleet.core.leadership import (
     Action,
     Failed,
@@ -46,19 +45,6 @@ from agentfleet.stores.leases import LeaseStore, Telling
 
 _SHORTEST = 0.001
 """Seconds to wait at least: a wait that the clock is too coarse to see would be repeated at once, for ever."""
-_BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-class BootClock:
-    """Seconds since the machine started, time asleep included: a suspended leader wakes up knowing that it is late."""
-
-    def now(self) -> float:
-        """Seconds since the machine started."""
-        return time.clock_gettime(_BOOT)
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait on the event loop's time."""
-        await anyio.sleep(max(0.0, seconds))
 
 
 class Term:
@@ -252,6 +238,8 @@ class Leadership:
         self._began = anyio.Event()
         self._tasks: TaskGroup | None = None
         self._left = False
+        self._told_of = anyio.Event()
+        """Set when the lease was given up since the last rest."""
 
     def begin_above(self, epoch: int) -> None:
         """Lead in greater epochs than this one only, also if the lease that tells of it was deleted."""
@@ -313,8 +301,21 @@ class Leadership:
     # ---------------------------------------------------------------------------------------- the loop
 
     async def _run(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            if isinstance(self._leases, Telling):
+                tasks.start_soon(self._listen, self._leases)
+            while True:
+                await self._turn(leaving=False)
+
+    async def _listen(self, leases: Telling) -> None:
+        """Take note of each lease of this name that is given up, also of one that is while the store is being asked."""
         while True:
-            await self._turn(leaving=False)
+            try:
+                await leases.given_up(self.name)
+            except (AgentFleetError, OSError):  # it is found by looking, then
+                await self._clock.sleep(float(self.policy.poll))
+            else:
+                self._told_of.set()
 
     async def _turn(self, *, leaving: bool) -> bool:
         """Decide and carry it out; False when nothing is left to do."""
@@ -337,16 +338,15 @@ class Leadership:
             await self._clock.sleep(seconds)
             return
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._listen, self._leases, tasks.cancel_scope)
+            tasks.start_soon(self._until_told, tasks.cancel_scope)
             await self._clock.sleep(seconds)
             tasks.cancel_scope.cancel()
+        if self._told_of.is_set():
+            self._told_of = anyio.Event()
+            self._memory = replace(self._memory, due=-math.inf)  # look now
 
-    async def _listen(self, leases: Telling, rest: anyio.CancelScope) -> None:
-        try:
-            await leases.given_up(self.name)
-        except (AgentFleetError, OSError):
-            return  # it is found by looking, then
-        self._memory = replace(self._memory, due=-math.inf)  # look now
+    async def _until_told(self, rest: anyio.CancelScope) -> None:
+        await self._told_of.wait()
         rest.cancel()
 
     async def _ask(self, decision: LeaseDecision) -> News:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentfleet.clock import Clock, SystemClock
+from agentfleet.clock import BootClock, Clock, SystemClock
 from agentfleet.core.leadership import LeaseDecision, LeasePolicy, LeaseRecord
 from agentfleet.errors import BackendRefused, BackendUnavailable, DeadlineExceeded, NotLeader
-from agentfleet.leadership import BootClock, Leadership, Term
+from agentfleet.leadership import Leadership, Term
 from agentfleet.stores.leases import MemoryLeases
 from agentfleet.testing import run_virtual, virtual
 
@@ -184,6 +184,56 @@ async def test_who_waits_leads_within_a_second_of_a_leave() -> None:
     ((at, epoch),) = led
     assert at - left < 1.0
     assert epoch == 2
+
+
+class TellingLeases(MemoryLeases):
+    """Tells when a lease is given up; a look takes long enough for that to come amid it."""
+
+    def __init__(self, *, clock: Clock, latency: float) -> None:
+        super().__init__(clock=clock, latency=latency)
+        self.told = anyio.Event()
+
+    async def get(self, name: str, *, timeout: float) -> LeaseRecord | None:
+        found = await super().get(name, timeout=timeout)
+        await anyio.sleep(0.3)
+        return found
+
+    async def update(self, name: str, record: LeaseRecord, *, timeout: float) -> LeaseRecord:
+        kept = await super().update(name, record, timeout=timeout)
+        if record.holder is None:
+            told, self.told = self.told, anyio.Event()
+            told.set()
+        return kept
+
+    async def given_up(self, name: str) -> None:
+        del name
+        await self.told.wait()
+
+
+@virtual
+async def test_who_hears_of_a_leave_amid_a_look_looks_again_at_once() -> None:
+    """Whatever the second one is doing when the first one leaves, it does not wait for its next look."""
+    policy = LeasePolicy(poll=2.0)
+    for offset in range(0, 2500, 100):
+        leases = TellingLeases(clock=SystemClock(0.0), latency=0.001)
+        second = Leadership("f", leases, policy=policy, clock=SystemClock(0.0), rng=random.Random(1))
+        leads, leave = anyio.Event(), anyio.Event()
+
+        async def lead_first(leases: TellingLeases, leads: anyio.Event, leave: anyio.Event) -> None:
+            async with candidate(leases) as first:
+                await lead(first)
+                leads.set()
+                await leave.wait()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(lead_first, leases, leads, leave)
+            await leads.wait()
+            async with second:
+                await anyio.sleep(5.0 + offset / 1000)
+                leave.set()
+                left = anyio.current_time()
+                await lead(second)
+                assert anyio.current_time() - left < 0.7  # the rest of a look, and another one
 
 
 @virtual
