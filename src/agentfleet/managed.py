@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 RETRY = (0.2, 10.0)
 """Seconds before the first repetition of what has failed, and the most before any."""
 _ASIDE = 5.0
-"""Seconds that a manager stands aside after it has handed a fleet over; others look at a free lease within one."""
+"""Seconds that a manager stands aside at most after it has handed a fleet over; others take a free lease within one."""
+_GLANCE = 0.25
+"""Seconds between two looks at whether another leads what was handed over."""
 _PAGE = 1000
 _AWAY = (BackendUnavailable, DeadlineExceeded)
 """What a store raises that cannot be reached now."""
@@ -136,7 +138,7 @@ class Managed:
         """Keep the fleet open until cancelled."""
         pause = RETRY[0]
         while True:
-            await self._clock.sleep(self._rest)
+            await self._stand_aside(self._rest)
             self._rest, self._changed = 0.0, anyio.Event()
             if isinstance(self.record, UnreadFleet):
                 self.trouble = self.record.trouble
@@ -159,6 +161,15 @@ class Managed:
             with anyio.move_on_after(pause * (0.5 + random.random() / 2)):  # noqa: S311 - jitter
                 await self._changed.wait()
             pause = min(RETRY[1], pause * 2)
+
+    async def _stand_aside(self, seconds: float) -> None:
+        """Let another take what was handed over; from then on this manager is needed, should that one leave at once."""
+        until = self._clock.now() + seconds
+        while (left := until - self._clock.now()) > 0:
+            await self._clock.sleep(min(_GLANCE, left))
+            with suppress(*_AWAY):
+                if await self._records.epoch(self.record.id) > self._epoch:
+                    return
 
     @asynccontextmanager
     async def _opened(self, record: FleetRecord) -> AsyncIterator[Fleet]:

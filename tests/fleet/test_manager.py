@@ -500,6 +500,23 @@ async def test_managers_share_the_fleets_and_take_each_others_over() -> None:
 
 
 @virtual
+async def test_who_has_handed_a_fleet_over_takes_it_back_at_once_when_the_other_leaves() -> None:
+    there = Platform()
+    async with there.managers() as managers:
+        first = await managers.start("m1", sharing=QUICK)
+        for number in range(4):
+            await first.finished((await first.create(spec(2, name=f"f{number}"))).id)
+        second = await managers.start("m2", sharing=QUICK)
+        await until(lambda: second.health().leads == 1)
+        await anyio.sleep(0.5)
+        managers.leave("m2")
+        left = anyio.current_time()
+        await until(lambda: first.health().leads == 4)
+        assert anyio.current_time() - left < 1.5
+        assert there.kinds("manager.deposed") == []
+
+
+@virtual
 async def test_a_manager_alone_goes_on_with_fleets_that_were_shared() -> None:
     there = Platform()
     async with there.manager("m1") as manager:
