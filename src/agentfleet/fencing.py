@@ -103,6 +103,10 @@ class FencedJournal:
         """See `Journal`."""
         return self._journal.last_state(fleet, kind)
 
+    def last_states(self, fleet: str, prefix: str) -> Mapping[str, Event]:
+        """See `Journal`."""
+        return self._journal.last_states(fleet, prefix)
+
     def follow(self, *, fleet: str | None = None, after: int = 0) -> AsyncIterator[Event]:
         """See `Journal`."""
         return self._journal.follow(fleet=fleet, after=after)

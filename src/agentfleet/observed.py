@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
 from agentfleet.errors import JournalError
@@ -21,6 +21,10 @@ class Journal(Protocol):
         ...
 
     def last_state(self, fleet: str, kind: str) -> Event | None:
+        """See `stores.journal.Journal`."""
+        ...
+
+    def last_states(self, fleet: str, prefix: str) -> Mapping[str, Event]:
         """See `stores.journal.Journal`."""
         ...
 
@@ -60,6 +64,10 @@ class ObservedJournal:
     def last_state(self, fleet: str, kind: str) -> Event | None:
         """See `Journal`."""
         return self._journal.last_state(fleet, kind)
+
+    def last_states(self, fleet: str, prefix: str) -> Mapping[str, Event]:
+        """See `Journal`."""
+        return self._journal.last_states(fleet, prefix)
 
     def follow(self, *, fleet: str | None = None, after: int = 0) -> AsyncIterator[Event]:
         """See `Journal`."""

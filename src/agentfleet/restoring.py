@@ -12,6 +12,8 @@ from agentfleet.state import FleetState
 from agentfleet.stores.journal import Journal
 from agentfleet.turn import Turn
 
+_RECOVERY, _DISRUPTION = "state.recovery.", "state.disruption."
+
 
 def restore(journal: Journal, desk: Desk, turn: Turn, configuring: Configuring, now: float) -> int:
     """Take up the fleet's state before anything is seen of it.
@@ -44,14 +46,16 @@ def restore_slots(journal: Journal, desk: Desk, turn: Turn, recovery: Recovery) 
         return
     slots = {member.instance.slot for member in desk.view.members.values()}
     book: list[InFlight] = []
+    tried = journal.last_states(desk.spec.name, _RECOVERY)  # a query for each slot of a thousand takes seconds
+    disrupted = journal.last_states(desk.spec.name, _DISRUPTION)
     # an empty place has its history, too; the surge of a rollout may have put it beyond the wanted size
     for slot in sorted(slots.union(range(2 * desk.state.desired))):
-        found = journal.last_state(desk.spec.name, f"state.recovery.{slot}")
+        found = tried.get(f"{_RECOVERY}{slot}")
         memory = RecoveryMemory() if found is None else RecoveryMemory.from_dict(dict(found.data))
         if memory != RecoveryMemory():
             recovery.restore(slot, memory)
             turn.sizing.vacate(slot)
-        entry = journal.last_state(desk.spec.name, f"state.disruption.{slot}")
+        entry = disrupted.get(f"{_DISRUPTION}{slot}")
         if entry is not None and entry.data:
             book.append(InFlight.from_dict(slot, entry.data))
     desk.disruptions.restore(book)

@@ -106,6 +106,9 @@ class Journal:
     def last_state(self, fleet: str, kind: str) -> Event | None:
         return self._inner.last_state(fleet, kind)
 
+    def last_states(self, fleet: str, prefix: str) -> Mapping[str, Event]:
+        return self._inner.last_states(fleet, prefix)
+
     def follow(self, *, fleet: str | None = None, after: int = 0) -> Follower:
         return self._inner.follow(fleet=fleet, after=after)
 

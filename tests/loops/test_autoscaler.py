@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -60,7 +60,10 @@ class ListJournal:
         return self.events[after:]
 
     def last_state(self, fleet: str, kind: str) -> Event | None:
-        return next((e for e in reversed(self.events) if e.kind == kind and e.fleet == fleet), None)
+        return self.last_states(fleet, "state.").get(kind)
+
+    def last_states(self, fleet: str, prefix: str) -> Mapping[str, Event]:
+        return {e.kind: e for e in self.events if e.fleet == fleet and e.kind.startswith(prefix)}
 
     async def follow(self, *, fleet: str | None = None, after: int = 0) -> AsyncIterator[Event]:
         for event in self.events[after:]:

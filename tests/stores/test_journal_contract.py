@@ -98,6 +98,17 @@ def test_last_state_is_the_newest_of_each_fleet_and_kind(journal: AnyJournal) ->
     assert journal.last_state("a", "stateful") is None
 
 
+def test_last_states_are_the_newest_of_each_kind_that_begins_so(journal: AnyJournal) -> None:
+    kinds = ["state.slot.1", "state.slot.2", "state.slot.10", "state.sl%t.1", "state.sloth", "state.Slot.1", "slot.1"]
+    for number, (fleet, kind) in enumerate([*[("a", kind) for kind in kinds], ("b", kinds[0]), ("a", kinds[1])]):
+        journal.append(event(number, fleet, kind))
+    found = journal.last_states("a", "state.slot.")
+    assert {kind: item.seq for kind, item in found.items()} == {kinds[0]: 1, kinds[1]: 9, kinds[2]: 3}
+    assert found == {kind: journal.last_state("a", kind) for kind in kinds[:3]}
+    assert set(journal.last_states("a", "state.sl%")) == {"state.sl%t.1"}
+    assert journal.last_states("c", "state.") == {}
+
+
 @pytest.mark.parametrize("journal", ["memory", "sqlite", "postgres"], indirect=True)
 def test_a_deposed_leader_tells_nothing_more(journal: AnyJournal) -> None:
     led = [replace(event(number, kind="state.fleet"), epoch=epoch) for number, epoch in enumerate((3, 3, 5))]

@@ -12,7 +12,7 @@ event that was read, changes nothing recorded.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from agentfleet.events import Event
@@ -36,6 +36,10 @@ class Journal(Protocol):
 
     def last_state(self, fleet: str, kind: str) -> Event | None:
         """The newest event of a "state." kind, None if there never was one."""
+        ...
+
+    def last_states(self, fleet: str, prefix: str) -> Mapping[str, Event]:
+        """The newest event of each kind that begins so, by kind; as `last_state`, and of many at once."""
         ...
 
     def follow(self, *, fleet: str | None = None, after: int = 0) -> AsyncIterator[Event]:

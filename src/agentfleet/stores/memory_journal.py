@@ -6,7 +6,7 @@ Events are kept as their JSON lines: smaller than objects, safe from later chang
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from agentfleet.errors import NotLeader, SpecError
@@ -63,6 +63,11 @@ class MemoryJournal:
         """The newest event of a "state." kind, None if there never was one."""
         found = self._states.get((fleet, kind))
         return Event.from_json(found[1]) if found else None
+
+    def last_states(self, fleet: str, prefix: str) -> Mapping[str, Event]:
+        """The newest event of each "state." kind that begins so, by kind."""
+        own = ((kind, line) for (name, kind), (_, line) in self._states.items() if name == fleet)
+        return {kind: Event.from_json(line) for kind, line in own if kind.startswith(prefix)}
 
     def follow(self, *, fleet: str | None = None, after: int = 0) -> Follower:
         """Kept events after `after`, then new ones as they are appended; see the port."""

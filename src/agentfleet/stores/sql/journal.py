@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import anyio
-from sqlalchemy import URL, Connection, Select, bindparam, delete, insert, or_, select, text, update
+from sqlalchemy import URL, Connection, Select, bindparam, delete, func, insert, or_, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -217,6 +217,14 @@ class SqlJournal:
         with _failing("read"):
             found = self._call(partial(_first, query))
         return None if found is None else Event.from_json(found)
+
+    def last_states(self, fleet: str, prefix: str) -> Mapping[str, Event]:
+        """The newest event of each "state." kind that begins so, by kind."""
+        table = JOURNAL_STATES.c
+        begin = func.substr(table.kind, 1, len(prefix))  # to LIKE, SQLite's capitals are small letters
+        query = select(table.line).where(table.fleet == fleet, begin == prefix)
+        with _failing("read"):
+            return {event.kind: event for event in self._call(partial(_events, query))}
 
     def follow(self, *, fleet: str | None = None, after: int = 0) -> Follower:
         """Kept events after `after`, then new ones as they are appended, by whomever; see the port."""
