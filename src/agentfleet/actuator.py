@@ -15,7 +15,7 @@ from typing import cast
 import anyio
 from anyio.abc import TaskGroup
 
-from agentfleet.backends.base import Backend, Creation, Engine, Workload, WorkloadBackend
+from agentfleet.backends.base import Backend, Creation, Engine, Relocating, Workload, WorkloadBackend
 from agentfleet.clock import Clock
 from agentfleet.core.fence import Fence, NoFence
 from agentfleet.errors import BackendError, DeadlineExceeded, NotLeader
@@ -100,6 +100,21 @@ class Actuator:
         """Begin to have the engine let go of an instance that stays; only where it keeps fleets by itself."""
         backend = cast("WorkloadBackend", self._backend)
         self._begin("isolate", id, lambda: backend.isolate(self._fleet, id, isolation=isolation))
+
+    def stand_in(self, id: str, *, away_from: str) -> None:
+        """Begin to have a stand-in for an instance; only where the engine can."""
+        backend = cast("Relocating", self._backend)
+        self._begin("stand_in", id, lambda: backend.stand_in(self._fleet, id, away_from=away_from))
+
+    def exchange(self, id: str, stand_in: str, *, grace: float) -> None:
+        """Begin to have an instance's stand-in take its place."""
+        backend = cast("Relocating", self._backend)
+        self._begin("exchange", id, lambda: backend.exchange(self._fleet, id, stand_in, grace=grace))
+
+    def discard(self, stand_in: str) -> None:
+        """Begin to end a stand-in."""
+        backend = cast("Relocating", self._backend)
+        self._begin("discard", stand_in, lambda: backend.discard(self._fleet, stand_in))
 
     def _begin(self, name: str, id: str, call: Callable[[], Awaitable[None]]) -> None:
         assert self._tasks is not None, "bind() comes first"

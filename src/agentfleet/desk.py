@@ -35,6 +35,10 @@ class Desk:
     """Makes instance ids."""
     state: FleetState | None = None
     nodes: dict[str, Node] = field(default_factory=dict)
+    relocates: bool = False
+    """Whether the engine can have an instance replaced away from its node."""
+    moving: set[str] = field(default_factory=set)
+    """Instances whose stand-in is awaited or takes their place: nothing else is done to them."""
     disruptions: Disruptions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +52,10 @@ class Desk:
         """The state of a fleet that is deployed."""
         assert self.state is not None, "nothing is decided before the first deployment"
         return self.state
+
+    def acted_upon(self, id: str) -> bool:
+        """Whether something is being done to an instance."""
+        return id in self.actuator.busy or id in self.moving
 
     def drain_of(self, instance: Instance) -> float:
         """Seconds that an instance may finish its work, by its own revision's template."""

@@ -63,6 +63,8 @@ class Instance:
     """Set while it is kept for examination only: no work, no place in the fleet."""
     trouble: str | None = None
     """Why it does not start, in the engine's words: no node takes it, its image cannot be had."""
+    stands_in_for: str | None = None
+    """The instance whose place it is to take; until then it is no member of the fleet, and no list shows it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ class Isolations:
             if member is None:  # it ended while nobody managed the fleet
                 self.gone(id)
                 continue
-            if member.condition is Condition.DRAINING or id in desk.actuator.busy:
+            if member.condition is Condition.DRAINING or desk.acted_upon(id):
                 continue
             why = _why_over(entry.isolation, state, now)
             if why is not None:

@@ -82,6 +82,7 @@ class Observer:
                 self._lacked.add(id)
             else:
                 self._remove(id)
+        self._turn.relocations.keep_only(present)
         for instance in snapshot.instances:
             self._put(instance)
         self.synced = True
@@ -93,13 +94,19 @@ class Observer:
             self._remove(id)
 
     def _put(self, instance: Instance) -> None:
+        if instance.stands_in_for is not None:
+            if instance.id in self._view:  # somebody has made one of a member behind our back
+                self._remove(instance.id)
+            self._turn.relocations.seen(instance)
+            return
+        self._turn.relocations.joined(instance.id)
         known = self._view.members.get(instance.id)
         instance = self._turn.isolations.seen(instance)
         if instance.slot == NO_SLOT:
             slot = NO_SLOT if known is None else known.instance.slot
             returned = known is not None and known.instance.isolated is not None and instance.isolated is None
             if instance.isolated is None and (slot == NO_SLOT or returned):  # an isolated one holds no place
-                slot = self._turn.sizing.place()
+                slot = self._turn.sizing.place(instance.id)
             instance = replace(instance, slot=slot)
         before = None if known is None else known.condition
         was = None if known is None else known.instance
@@ -130,6 +137,7 @@ class Observer:
             self._record("instance.lost", instance.id, {**data, "node": instance.node})
 
     def _remove(self, id: str) -> None:
+        self._turn.relocations.gone(id)
         member = self._view.remove(id)
         if member is None:
             return

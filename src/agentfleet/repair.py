@@ -10,6 +10,7 @@ from agentfleet.core.recovery import Ailment, Case, RecoveryMemory, Remedy
 from agentfleet.desk import Desk, Proposal
 from agentfleet.instances import Phase
 from agentfleet.recovery import Recovery, Wish
+from agentfleet.relocation import Relocations
 from agentfleet.sizing import Sizing
 from agentfleet.view import GOOD, SERVING, Condition, Member
 
@@ -29,6 +30,7 @@ class Repair:
         self._desk = desk
         self._recovery = recovery
         self._sizing = sizing
+        self.relocations = Relocations(desk, sizing, self)
         self._sick_since: dict[int, float] = {}
         self._lapsed: dict[int, float] = {}
         """When slots' instances ceased to work, or were met not working: their age alone makes none late."""
@@ -64,6 +66,11 @@ class Repair:
         if self._recovery.take_back(slot):
             self._remember(slot)
 
+    def undisturbed(self, slot: int) -> None:
+        """Nothing was done to the instance in a slot, after all: the disruption is over."""
+        self.proved[slot] = None
+        self._recovery.touch(slot)
+
     def knows(self, slot: int) -> bool:
         """Whether a slot has a history."""
         return self._recovery.memory(slot) != RecoveryMemory()
@@ -98,7 +105,7 @@ class Repair:
         """What recovery needs to know of a slot; None when there is nothing to judge now."""
         desk = self._desk
         member = desk.view.holder(slot)
-        if member is None or member.instance.id in desk.actuator.busy:
+        if member is None or desk.acted_upon(member.instance.id):
             return None
         instance = member.instance
         ailment = _ailment(member)
@@ -160,8 +167,8 @@ class Repair:
 
     # ------------------------------------------------------------------------------------------ acting
 
-    def apply(self, wish: Wish, member: Member, now: float) -> None:
-        """Carry out a remedy."""
+    def apply(self, wish: Wish, member: Member, now: float, *, asked: bool = False) -> None:
+        """Carry out a remedy; `asked`: by an operator, who wants this one and no other."""
         desk, instance = self._desk, member.instance
         self._recovery.acted(wish.slot, wish.remedy, now)
         data = {"slot": wish.slot, "remedy": wish.remedy.value}
@@ -170,8 +177,8 @@ class Repair:
         grace = min(desk.spec.recovery.grace, desk.drain_of(instance))
         remedies: dict[Remedy, Callable[[], None]] = {
             Remedy.RESTART: lambda: self._sizing.restart(member, grace),
-            Remedy.REPLACE: lambda: self._replace(member, grace),
-            Remedy.ELSEWHERE: lambda: self._elsewhere(member, grace),
+            Remedy.REPLACE: lambda: self.replace(member, grace),
+            Remedy.ELSEWHERE: lambda: self._elsewhere(member, grace, now, asked=asked),
             Remedy.ROLL_BACK: lambda: self._roll_back(wish.reasons, now),
             Remedy.ASK: lambda: self._give_up(wish.slot),
         }
@@ -181,14 +188,17 @@ class Repair:
         """The event is the call for help; a slot that waits for a human must not keep others from being repaired."""
         self.proved[slot] = None
 
-    def _replace(self, member: Member, grace: float) -> None:
+    def replace(self, member: Member, grace: float) -> None:
+        """End an instance, with so many seconds for its drain; whoever fills its slot inherits its history."""
         self._sizing.vacate(member.instance.slot)
         self._desk.end(member, grace)
 
-    def _elsewhere(self, member: Member, grace: float) -> None:
+    def _elsewhere(self, member: Member, grace: float, now: float, *, asked: bool) -> None:
+        if self.relocations.begin(member, grace, now, asked=asked):
+            return
         if member.instance.node is not None:
             self._sizing.avoid(member.instance.slot, member.instance.node)
-        self._replace(member, grace)
+        self.replace(member, grace)
 
     def _roll_back(self, reasons: tuple[Reason, ...], now: float) -> None:
         fallback = self._desk.wanted.fallback

@@ -23,7 +23,7 @@ from anyio.abc import TaskGroup
 
 from agentfleet.actuator import Actuator, Failure
 from agentfleet.autoscaler import Autoscaler, MetricSource, ScaleTarget
-from agentfleet.backends.base import Announcing, ConfigKeeping, Engine, SizeKeeping, WorkloadBackend, own
+from agentfleet.backends.base import Announcing, ConfigKeeping, Engine, Relocating, SizeKeeping, WorkloadBackend, own
 from agentfleet.clock import Clock
 from agentfleet.configstore import ConfigStore
 from agentfleet.configuring import Configuring
@@ -107,7 +107,7 @@ class Runtime:
         rng = random.Random(seed if seed is not None else os.urandom(16))  # noqa: S311 - names and jitter, no secrets
         view = FleetView(min_ready=spec.rollout.min_ready, on_serving=self._serving_changed)
         actuator = Actuator(backend, self.name, clock=clock, rng=rng, on_done=self._action_done, fence=self.fence)
-        self.desk = Desk(spec, view, actuator, self.record, rng)
+        self.desk = Desk(spec, view, actuator, self.record, rng, relocates=isinstance(backend, Relocating))
         self.recovery = Recovery(spec.recovery)
         self._rest = _BURST if isinstance(backend, WorkloadBackend) else 0.0
         self.engine_scales = isinstance(backend, SizeKeeping) and backend.keeps_size(spec)

@@ -43,6 +43,7 @@ class Sizing:
         self._retry_at = {"create": 0.0, "stop": 0.0, "apply": 0.0}
         self._avoid: dict[int, str] = {}
         self._vacated: dict[int, None] = {}
+        self._reserved: dict[str, int] = {}
 
     # ------------------------------------------------------------------------------------------ what comes in
 
@@ -62,6 +63,14 @@ class Sizing:
     def vacate(self, slot: int) -> None:
         """The instance in this slot is being replaced: the next one fills the same slot and inherits its history."""
         self._vacated[slot] = None
+
+    def reserve(self, slot: int, id: str) -> None:
+        """A slot is for this instance and no other, when it comes."""
+        self._reserved[id] = slot
+
+    def unreserve(self, id: str) -> None:
+        """It does not come."""
+        self._reserved.pop(id, None)
 
     def is_empty(self, slot: int) -> bool:
         """Whether nobody fills a slot."""
@@ -95,13 +104,16 @@ class Sizing:
     def ordered(self, seen: Ordered, now: float) -> None:
         """What the engine has been told to keep, if it keeps fleets by itself."""
 
-    def place(self) -> int:
-        """The slot for an instance whose engine knows no slots: the place of one that is gone, or else the lowest."""
+    def place(self, id: str) -> int:
+        """The slot for an instance whose engine knows no slots: its own, that of one that is gone, or the lowest."""
         desk = self._desk
-        gone = dict.fromkeys((*desk.disruptions.unfilled(self.is_empty), *self._vacated))
-        slot = next((slot for slot in gone if self.is_empty(slot)), None)
+        own = self._reserved.pop(id, None)
+        held = set(self._reserved.values())
+        gone = (*desk.disruptions.unfilled(self.is_empty), *self._vacated)
+        slots = (*(() if own is None else (own,)), *(slot for slot in gone if slot not in held))
+        slot = next((slot for slot in slots if self.is_empty(slot)), None)
         if slot is None:
-            (slot,) = desk.view.next_slots(1)
+            slot = next(slot for slot in desk.view.next_slots(len(held) + 1) if slot not in held)
         self._vacated.pop(slot, None)
         return slot
 

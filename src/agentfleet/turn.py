@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from agentfleet import relocation
 from agentfleet.core import governor
 from agentfleet.core.governor import Cause, Disruption, GovernorDecision, GovernorObserved
 from agentfleet.core.reason import Reason
@@ -51,6 +52,7 @@ class Turn:
         self._desk = desk
         self.sizing = sizing
         self.repair = Repair(desk, recovery, self.sizing)
+        self.relocations = self.repair.relocations
         self.isolations = Isolations(desk, self.sizing)
         self.frozen = False
         self._held: dict[object, str] = {}
@@ -75,6 +77,7 @@ class Turn:
     def succeeded(self, action: str, id: str) -> None:
         """Say that an action was accepted."""
         self.sizing.accepted(action)
+        self.relocations.accepted(action, id)
         member = self._desk.view.members.get(id)
         if member is not None and member.instance.isolated is not None:
             self.isolations.accepted()
@@ -86,6 +89,9 @@ class Turn:
         """Say that an action failed for good."""
         if action in ("apply", "delete"):
             self.sizing.not_applied(now)
+            return
+        if action in relocation.ACTIONS:
+            self.relocations.failed(action, id, error, now)
             return
         isolated = self._desk.view.members.get(id)
         if isolated is not None and isolated.instance.isolated is not None:  # its slot is another's by now
@@ -135,13 +141,16 @@ class Turn:
         proposals = {each.disruption.slot: each for each in self.sizing.proposals(step, now)}
         for each in self.repair.proposals(proposals.keys(), now):
             proposals.setdefault(each.disruption.slot, each)
+        for each in self.relocations.proposals():
+            proposals.setdefault(each.disruption.slot, each)
         verdict = self._govern(proposals, now)
         for disruption in verdict.admitted:
             self._carry_out(proposals[disruption.slot], verdict, now)
+        moving = self.relocations.step(now)
         self.sizing.finish(now)
         apart = self.isolations.step(now)
         self.save()
-        dates = (ripe, wake, apart, verdict.wake, self.repair.next_due())
+        dates = (ripe, wake, apart, moving, verdict.wake, self.repair.next_due())
         return min((date for date in dates if date is not None), default=None)
 
     # ------------------------------------------------------------------------------------------ an operator's word
@@ -165,7 +174,7 @@ class Turn:
         reason = Reason(f"operator.{remedy.value}", "an operator asked for it")
         wish = Wish(slot, remedy, (reason,))
         self._admit(Proposal(Disruption(slot, Cause.OPERATOR, member.condition in SERVING), member, wish), done, now)
-        self.repair.apply(wish, member, now)
+        self.repair.apply(wish, member, now, asked=True)
         self.save()
 
     def put_on_trial(self, members: Sequence[Member], now: float) -> tuple[list[Member], Reason | None]:
@@ -209,7 +218,7 @@ class Turn:
         member = self._desk.view.members.get(id)
         if member is not None and member.instance.isolated is not None:
             raise OperationRefused(f"instance {id} cannot be {done}: it is isolated; await fleet.release({id!r}) first")
-        if member is None or member.condition is Condition.DRAINING or id in self._desk.actuator.busy:
+        if member is None or member.condition is Condition.DRAINING or self._desk.acted_upon(id):
             raise OperationRefused(f"instance {id} cannot be {done}: it is unknown, leaving, or being acted upon")
         return member
 
@@ -279,6 +288,9 @@ class Turn:
             self._note_admitted(proposal, verdict)
         if proposal.wish is not None:
             self.repair.apply(proposal.wish, proposal.member, now)
+            return
+        if proposal.going == relocation.EXCHANGE:
+            self.relocations.exchange(proposal.member, now)
             return
         if self.sizing.chooses or not disruption.surplus:
             desk.record("instance.removing", instance.id, {"slot": disruption.slot, "cause": disruption.cause.value})

@@ -29,6 +29,8 @@ should be, as a Kubernetes Deployment is, and keeps size and revision by itself;
 6. The engine fills the places of instances that are gone, and may restart by itself what has exited.
 8. `isolate` has the engine let go of an instance and keep it: it fills the place, sends no work there, shows
    `Instance.isolated`, and never ends it. `stop` does; `delete` leaves it.
+9. One that is `Relocating` makes stand-ins. A stand-in has `Instance.stands_in_for`, counts for no size and gets no
+   work. `exchange` makes it an ordinary instance, by the same id, and ends the other one; the size is never missed.
 """
 
 from __future__ import annotations
@@ -230,6 +232,35 @@ class SizeKeeping(Protocol):
 
     def keeps_size(self, spec: FleetSpec) -> bool:
         """Whether the size of this fleet is the engine's to decide while the fleet runs."""
+        ...
+
+
+@runtime_checkable
+class Relocating(Protocol):
+    """An engine that places instances by itself, and can have one replaced away from its node nevertheless."""
+
+    async def stand_in(self, fleet: str, id: str, *, away_from: str) -> None:
+        """Begin a stand-in for an instance, of its revision, on any node but this one. Its watch shows it.
+
+        A call that is repeated may make another one, which is to be discarded.
+
+        Raises:
+            InstanceGone: There is no such instance, or the engine keeps it no longer.
+            BackendError: As any action.
+        """
+        ...
+
+    async def exchange(self, fleet: str, id: str, stand_in: str, *, grace: float) -> None:
+        """Have a stand-in take the place of its instance, and end that one as `stop` does.
+
+        Raises:
+            InstanceGone: One of the two is gone, or they do not belong together.
+            BackendError: As any action; the stand-in may have become a member.
+        """
+        ...
+
+    async def discard(self, fleet: str, stand_in: str) -> None:
+        """End a stand-in at once. Already gone is success; one that is a member by now is left alone."""
         ...
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
 from agentfleet.backends.base import Observation, Ordered, Workload
 from agentfleet.backends.kubernetes import apply as requests
-from agentfleet.backends.kubernetes import naming, singles
+from agentfleet.backends.kubernetes import naming
 from agentfleet.backends.kubernetes.announcer import Announced, Announcer
 from agentfleet.backends.kubernetes.apiversions import ApiVersions
 from agentfleet.backends.kubernetes.connection import Connection, Requests
@@ -27,7 +27,7 @@ from agentfleet.backends.kubernetes.manifests import Configuration, config_docum
 from agentfleet.backends.kubernetes.marking import FIRST_WITH_COST, mark_expendable, remove_and_shrink
 from agentfleet.backends.kubernetes.measures import MEASURES, samples
 from agentfleet.backends.kubernetes.notices import Regarding, regarding
-from agentfleet.backends.kubernetes.objects import Pod
+from agentfleet.backends.kubernetes.podactions import PodActions
 from agentfleet.backends.kubernetes.pods import Written, usage_of
 from agentfleet.backends.kubernetes.removal import delete_listed
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, POD_METRICS, PODS, decode, version_of
@@ -36,9 +36,9 @@ from agentfleet.backends.kubernetes.sharing import Shared
 from agentfleet.backends.kubernetes.sight import Sight
 from agentfleet.backends.kubernetes.standing import Standing, check_size, standing
 from agentfleet.core.fence import Fence
-from agentfleet.errors import BackendUnavailable, InstanceGone
+from agentfleet.errors import BackendUnavailable
 from agentfleet.events import Event
-from agentfleet.instances import Isolation, Phase, Usage
+from agentfleet.instances import Usage
 from agentfleet.measures import Metric, Sample
 from agentfleet.specs import AgentTemplate, FleetSpec
 
@@ -54,7 +54,7 @@ class _Said:
     resting: int | None
 
 
-class KubernetesBackend:
+class KubernetesBackend(PodActions):
     """Keeps fleets as Deployments. Use it as an async context manager; fleets outlive it.
 
     Several fleets may use one. The task that opened it must close it: enter it around fleets that run in their own.
@@ -141,8 +141,16 @@ class KubernetesBackend:
         self._seen.wrote(fleet, None)
 
     def _to(self, fleet: str) -> Requests:
-        """The way for writes to one fleet."""
         return self._guards.get(fleet) or self._asked
+
+    async def _lead(self, fleet: str) -> None:
+        if fleet in self._guards:
+            await self._guards[fleet].check()
+
+    @property
+    def _minor(self) -> int:
+        assert self._api is not None, "open"
+        return self._api.minor
 
     def watch(self, fleet: str) -> AsyncIterator[Observation]:
         """Observe one fleet. See `Engine.watch`."""
@@ -293,10 +301,9 @@ class KubernetesBackend:
 
     async def _choose(self, workload: Workload) -> None:
         """Have those go first who are to go."""
-        assert self._api is not None, "open"
         fleet, found = workload.fleet, [self._seen.pod(name) for name in workload.expendable]
         pods = [pod for pod in found if pod is not None and pod.metadata.deletion_timestamp is None]
-        if self._api.minor >= FIRST_WITH_COST:
+        if self._minor >= FIRST_WITH_COST:
             all_pods = self._seen.pods.cache.values()
             others = [pod for pod in all_pods if pod.metadata.labels.get(naming.FLEET) == fleet]
             await mark_expendable(self._to(fleet), self._seen.pods, pods, others=others)
@@ -324,58 +331,6 @@ class KubernetesBackend:
         for kind, listing in requests.kept_collections(self._api, self._seen.namespace, fleet).items():
             if kind != but:
                 await delete_listed(self._to(fleet), listing)
-
-    # ------------------------------------------------------------------------------------------ single instances
-
-    async def stop(self, fleet: str, id: str, *, grace: float) -> None:
-        """End one pod; its Deployment puts another in its place. Already gone is success.
-
-        One that is ready is evicted, so that its disruption budget is kept; what does not work is deleted.
-
-        Raises:
-            DisruptionBlocked: The budget is used up; nothing was done.
-            BackendError: As `Connection.request`.
-        """
-        with suppress(InstanceGone):  # or another of the same name is there
-            await self._end(self._found(fleet, id), fleet, grace)
-
-    async def restart(self, fleet: str, id: str, *, grace: float) -> None:
-        """End one pod as `stop` does; its Deployment puts another in its place.
-
-        Raises:
-            InstanceGone: There is no such pod.
-            DisruptionBlocked: As `stop`.
-        """
-        await self._end(self._found(fleet, id), fleet, grace)
-
-    async def isolate(self, fleet: str, id: str, *, isolation: Isolation) -> None:
-        """Take one pod out of the selector, so that it gets no traffic, is replaced, and stays.
-
-        Raises:
-            InstanceGone: There is no such pod.
-            BackendError: As `Connection.request`.
-        """
-        pod, deployment = self._found(fleet, id), self._seen.deployment(fleet)
-        selector = {} if deployment is None else deployment.spec.selector.match_labels
-        await singles.isolate(self._to(fleet), pod, selector, isolation)
-
-    def _found(self, fleet: str, id: str) -> Pod:
-        pod = self._pod(fleet, id)
-        if pod is None:
-            raise InstanceGone(f"there is no pod {id} of fleet {fleet}")
-        return pod
-
-    def _pod(self, fleet: str, id: str) -> Pod | None:
-        pod = self._seen.pod(id)
-        return pod if pod is not None and pod.metadata.labels.get(naming.FLEET) == fleet else None
-
-    async def _end(self, pod: Pod, fleet: str, grace: float) -> None:
-        assert self._api is not None, "open"
-        shown = self._seen.shown(pod, fleet)
-        if shown.ready and shown.phase is Phase.RUNNING:
-            await singles.evict(self._to(fleet), pod, grace=grace, minor=self._api.minor)
-        else:
-            await singles.delete(self._to(fleet), pod, grace=grace)
 
     # ------------------------------------------------------------------------------------------ reading
 

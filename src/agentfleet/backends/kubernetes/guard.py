@@ -20,7 +20,15 @@ import anyio.lowlevel
 from agentfleet.backends.kubernetes import apply, naming
 from agentfleet.backends.kubernetes.connection import JSON, MERGE_PATCH, Query, Requests
 from agentfleet.backends.kubernetes.errors import AlreadyExists, Replaced
-from agentfleet.backends.kubernetes.guarded import EPOCH, Stand, based, first_of, pod_based, uid_meant
+from agentfleet.backends.kubernetes.guarded import (
+    EPOCH,
+    Stand,
+    based,
+    decided_on_version,
+    first_of,
+    pod_based,
+    uid_meant,
+)
 from agentfleet.backends.kubernetes.objects import Pod
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, PODS
 from agentfleet.backends.kubernetes.retry import Backoff
@@ -105,6 +113,8 @@ class Guard:
         async with self._turn:
             if self._deployment not in self._known:
                 await self._look(self._deployment)
+            if f"{path}/" == self._pods:
+                return await self._write_new_pod(path, content, given)
             if not path.startswith(self._pods):
                 return await self._write_object(method, path, content, given)
         return await self._write_pod(method, path, content, given)
@@ -226,9 +236,28 @@ class Guard:
 
     # ------------------------------------------------------------------------------------------ its pods
 
+    async def check(self) -> None:
+        """Raise `NotLeader` if a later term has written the fleet's Deployment; one request, or two at first."""
+        with anyio.move_on_after(_PATIENCE):
+            async with self._turn:
+                return await self._look(self._deployment)
+        raise DeadlineExceeded(f"fleet {self._fleet}: who leads it could not be asked within {_PATIENCE:g} s")
+
+    async def _write_new_pod(self, path: str, content: dict[str, Any], given: Mapping[str, Any]) -> bytes:
+        """Make a pod. Nothing of it is there that a later term could have changed, so it is asked who leads, and told.
+
+        One that arrives late all the same is for the next leader to end: it says of which term it is.
+        """
+        await self._look(self._deployment)
+        metadata = content.get("metadata", {})
+        notes = {**(metadata.get("annotations") or {}), EPOCH: str(self._fence.epoch)}
+        return await self._write("POST", path, {**content, "metadata": {**metadata, "annotations": notes}}, given)
+
     async def _write_pod(self, method: str, path: str, content: dict[str, Any], given: Mapping[str, Any]) -> bytes:
         """Write on the version that was seen last; if the pod has changed since, ask first who leads by now."""
         name, _, _ = path.removeprefix(self._pods).partition("/")
+        if decided_on_version(method, content):  # whoever decided it decides anew
+            return await self._write(method, path, content, given)
         uid, seen = uid_meant(method, content), self._pod(name)
         version = None if seen is None or seen.metadata.uid != uid else seen.metadata.resource_version
         pauses = _pauses()

@@ -113,6 +113,11 @@ def uid_meant(method: str, content: Mapping[str, Any]) -> str | None:
     return str(uid) if (uid := _pod_place(method, content).get("uid")) is not None else None
 
 
+def decided_on_version(method: str, content: Mapping[str, Any]) -> bool:
+    """Whether a write to a pod is meant for the version that it names, and for no later one."""
+    return "resourceVersion" in _pod_place(method, content)
+
+
 def pod_based(method: str, content: Mapping[str, Any], version: str | None) -> dict[str, Any]:
     """The body of a write to a pod that was seen at a version."""
     if version is None:

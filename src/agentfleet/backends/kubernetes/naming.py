@@ -38,6 +38,12 @@ ISOLATED_UNTIL = "agentfleet.io/isolated-until"
 """Annotation on isolated pods: when they are ended, in RFC 3339; without it, not before they are released."""
 ISOLATED_REASON = "agentfleet.io/isolated-reason"
 """Annotation on isolated pods: why."""
+STAND_IN = "agentfleet.io/stand-in"
+"""Label on pods that wait to take another's place: "true"."""
+STANDS_IN_FOR = "agentfleet.io/stands-in-for"
+"""Annotation on these: the name of the other pod."""
+STANDS_IN_UID = "agentfleet.io/stands-in-uid"
+"""Annotation on these: its uid."""
 CONTAINER = "agent"
 """Name of the container that runs the agent."""
 
@@ -55,6 +61,14 @@ def selector_of(spec: FleetSpec) -> dict[str, str]:
     if options is not None and options.selector is not None:
         return dict(options.selector)
     return {"app.kubernetes.io/name": spec.name, "app.kubernetes.io/instance": spec.name}
+
+
+def keys_apart(selector: Mapping[str, str]) -> list[str]:
+    """The labels that are changed on a pod so that a selector does not know it; no more than that takes.
+
+    Network policies, say, should go on to hold for it. Of a selector that is not known one label is taken to be in it.
+    """
+    return [INSTANCE] if INSTANCE in selector or not selector else list(selector)
 
 
 def labels_of(spec: FleetSpec) -> dict[str, str]:

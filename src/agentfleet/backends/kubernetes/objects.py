@@ -58,6 +58,8 @@ class Annotations(Slim, frozen=True):
     isolated_since: str | None = msgspec.field(default=None, name="agentfleet.io/isolated-since")
     isolated_until: str | None = msgspec.field(default=None, name="agentfleet.io/isolated-until")
     isolated_reason: str | None = msgspec.field(default=None, name="agentfleet.io/isolated-reason")
+    stands_in_for: str | None = msgspec.field(default=None, name="agentfleet.io/stands-in-for")
+    stands_in_uid: str | None = msgspec.field(default=None, name="agentfleet.io/stands-in-uid")
 
 
 class Meta(Slim, frozen=True):

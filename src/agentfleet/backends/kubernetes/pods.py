@@ -65,6 +65,7 @@ def instance_of(pod: Pod, fleet: str, *, lost: bool = False) -> Instance:
         exit_code=_exit_code(status),
         isolated=_isolation(pod),
         trouble=None if pod.ready else _trouble(pod, status),
+        stands_in_for=_stands_in_for(pod),
     )
 
 
@@ -191,6 +192,13 @@ def _isolation(pod: Pod) -> Isolation | None:
     notes = pod.metadata.annotations or Annotations()
     since = _moment(notes.isolated_since) or _seconds(pod.metadata.creation_timestamp) or 0.0
     return Isolation(since, notes.isolated_reason or "", _moment(notes.isolated_until))
+
+
+def _stands_in_for(pod: Pod) -> str | None:
+    """Whose place a pod waits for; "" where it does not say, None where it waits for none."""
+    if pod.metadata.labels.get(naming.STAND_IN) != "true":
+        return None
+    return (pod.metadata.annotations or Annotations()).stands_in_for or ""
 
 
 def _moment(text: str | None) -> float | None:

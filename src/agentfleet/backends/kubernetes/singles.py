@@ -66,8 +66,8 @@ async def isolate(connection: Requests, pod: Pod, selector: Mapping[str, str], i
         InstanceGone: There is no such pod, or another has its name now.
         BackendError: As `Connection.request`.
     """
-    keys = [naming.INSTANCE] if naming.INSTANCE in selector or not selector else list(selector)
-    labels = {key: naming.label_of(f"isolated-{pod.metadata.labels.get(key, '')}") for key in keys}
+    old = pod.metadata.labels
+    labels = {key: naming.label_of(f"isolated-{old.get(key, '')}") for key in naming.keys_apart(selector)}
     notes = {naming.ISOLATED_SINCE: _text(isolation.since), naming.ISOLATED_REASON: isolation.reason}
     if isolation.until is not None:
         notes[naming.ISOLATED_UNTIL] = _text(isolation.until)

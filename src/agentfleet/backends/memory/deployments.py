@@ -113,6 +113,21 @@ class MemoryDeployments:
         await self.cluster.usage(fleet)
         self.kept(fleet).isolate(id, isolation)
 
+    async def stand_in(self, fleet: str, id: str, *, away_from: str) -> None:
+        """See `Relocating`."""
+        await self.cluster.usage(fleet)
+        await self.kept(fleet).stand_in(id, away_from)
+
+    async def exchange(self, fleet: str, id: str, stand_in: str, *, grace: float) -> None:
+        """See `Relocating`."""
+        await self.cluster.usage(fleet)
+        await self.kept(fleet).exchange(id, stand_in, grace)
+
+    async def discard(self, fleet: str, stand_in: str) -> None:
+        """See `Relocating`."""
+        if self.kept(fleet).is_stand_in(stand_in):
+            await self.cluster.stop(fleet, stand_in, grace=0.0)
+
     async def watch(self, fleet: str) -> AsyncIterator[Observation]:
         """See `Engine`."""
         kept = self.kept(fleet)
@@ -176,6 +191,8 @@ class Kept:
         self._instances: dict[str, Instance] = {}
         self._synced = False
         self._isolated: dict[str, Isolation] = {}
+        self._stand_ins: dict[str, tuple[str, str]] = {}
+        """Whose each is, and the node that it stays away from."""
         self._ended: set[str] = set()
         """Those that were told to end and may not show it, as on a lost node; they count no more."""
         self._slot = 0
@@ -214,6 +231,26 @@ class Kept:
         self._isolated[id] = isolation
         self._show(known)
         self._changed.set()
+
+    async def stand_in(self, id: str, away_from: str) -> None:
+        """Make one that is no member yet."""
+        known = self.known(id)
+        await self._create(self._revisions[known.revision], stands_in_for=(id, away_from))
+
+    async def exchange(self, id: str, stand_in: str, grace: float) -> None:
+        """Make a stand-in a member, and end the one that it stood in for."""
+        known = self.known(stand_in)
+        self.known(id)
+        if self._stand_ins.get(stand_in, (None,))[0] != id:
+            raise InstanceGone(f"{stand_in!r} is no stand-in for {id!r}")
+        del self._stand_ins[stand_in]
+        self.end(id)
+        self._show(replace(known, stands_in_for=None))
+        await self._cluster.stop(self._fleet, id, grace=grace)
+
+    def is_stand_in(self, id: str) -> bool:
+        """Whether an instance is no member yet."""
+        return id in self._stand_ins
 
     def known(self, id: str) -> Instance:
         """An instance; raises `InstanceGone` where there is none."""
@@ -287,11 +324,17 @@ class Kept:
                     self._instances.pop(seen.id, None)
                     self._isolated.pop(seen.id, None)
                     self._ended.discard(seen.id)
+                    self._stand_ins.pop(seen.id, None)
                     self._broadcast(seen)
             self._changed.set()
 
     def _as_shown(self, instance: Instance) -> Instance:
-        return replace(instance, slot=NO_SLOT, isolated=self._isolated.get(instance.id))
+        shown = replace(instance, slot=NO_SLOT, isolated=self._isolated.get(instance.id))
+        whose, away_from = self._stand_ins.get(instance.id, (None, None))
+        if whose is not None and (shown.node is None or shown.node == away_from):  # as if it had not been placed there
+            trouble = "Unschedulable: no other node has room"
+            shown = replace(shown, node=None, phase=Phase.PENDING, ready=False, address=None, trouble=trouble)
+        return replace(shown, stands_in_for=whose)
 
     def _show(self, instance: Instance) -> None:
         self._instances[instance.id] = shown = self._as_shown(instance)
@@ -299,9 +342,10 @@ class Kept:
 
     async def _reconcile(self) -> None:
         there = [each for each in self._instances.values() if each.phase is not Phase.DRAINING]
-        staying = [each for each in there if each.isolated is None and each.id not in self._ended]
+        apart = self._ended | self._stand_ins.keys()
+        staying = [each for each in there if each.isolated is None and each.id not in apart]
         if self._wanted is None or self._memory is None:
-            for each in staying:
+            for each in (*staying, *(each for each in there if each.id in self._stand_ins)):
                 await self._cluster.stop(self._fleet, each.id, grace=30.0)
             return
         await self._restart_exited(there)  # as a kubelet does, whoever a pod belongs to
@@ -317,13 +361,16 @@ class Kept:
         await self._remove(wanted, new, step.remove_new)
         await self._remove(wanted, old, step.remove_old_unfit + step.remove_old_good)
 
-    async def _create(self, wanted: Workload) -> None:
+    async def _create(self, wanted: Workload, *, stands_in_for: tuple[str, str] | None = None) -> None:
         self._slot += 1
         id = f"{wanted.fleet}-{wanted.revision}-{self._rng.getrandbits(40):010x}"
-        await self._cluster.create(Creation(id, wanted.fleet, self._slot, wanted.revision, wanted.template))
         template = wanted.template
+        avoid = () if stands_in_for is None else (stands_in_for[1],)
+        if stands_in_for is not None:
+            self._stand_ins[id] = stands_in_for
+        await self._cluster.create(Creation(id, wanted.fleet, self._slot, wanted.revision, template, avoid))
         pending = Instance(id, wanted.fleet, NO_SLOT, wanted.revision, template.version, Phase.PENDING, 0.0)
-        self._instances.setdefault(id, pending)
+        self._instances.setdefault(id, self._as_shown(pending))
 
     async def _remove(self, wanted: Workload, those: list[Instance], count: int) -> None:
         """As a ReplicaSet chooses: what is not ready first, then by deletion cost."""
