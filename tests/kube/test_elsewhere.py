@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -13,13 +13,12 @@ pytest.importorskip("kubernetes_asyncio")
 
 from tests.kube.faulty import Faulty, on, until
 from tests.kube.test_fencing import Passing
-from tests.kube.world import spec
+from tests.kube.world import HEALTH, spec
 
 from agentfleet import Fleet, FleetSpec, NotLeader, RecoveryPolicy, RolloutPolicy
-from agentfleet.backends.kubernetes import naming
+from agentfleet.backends.kubernetes import KubernetesBackend, naming, standins
 from agentfleet.backends.kubernetes.guard import Guard
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, PODS
-from agentfleet.errors import InstanceGone
 from agentfleet.specs import Backoff
 from agentfleet.testing.kube import Behaviour, ControlPlane, NoAnswer
 
@@ -34,8 +33,13 @@ SIZE = 3
 STAND_INS = f"labelSelector={naming.STAND_IN}%3Dtrue"
 
 
+SOON = HEALTH.replace(startup=5.0)
+"""So that a manager that takes over does not wait for long whether one that does not answer is only starting."""
+
+
 def wanted(recovery: RecoveryPolicy = AWAY, **more: object) -> FleetSpec:
-    return spec(SIZE, recovery=recovery, **more)
+    given: dict[str, Any] = {"recovery": recovery, "health": SOON, **more}
+    return spec(SIZE, **given)
 
 
 async def pods(there: Faulty, query: str = "") -> dict[str, Any]:
@@ -64,7 +68,8 @@ async def none_left(there: Faulty, *, size: int = SIZE, seconds: float = 30.0) -
             if kinds == ["ReplicaSet"] * size == ["ReplicaSet"] * len(found):
                 return found
             await anyio.sleep(0.2)
-    raise AssertionError(f"{size} pods were expected: {[(name, each['metadata']) for name, each in found.items()]}")
+    told = ("labels", "annotations", "ownerReferences")
+    raise AssertionError({name: [each["metadata"].get(key) for key in told] for name, each in found.items()})
 
 
 async def fill(there: Faulty, *nodes: int, cpu: str) -> None:
@@ -162,7 +167,7 @@ async def deployment(there: Faulty) -> Any:
 
 
 def test_several_are_exchanged_at_once(plane: ControlPlane) -> None:
-    """Each for its own; the ReplicaSet makes none of its own in between."""
+    """Each for its own: the ReplicaSet, which knows nothing of that, ends none of the others in between."""
 
     async def test(there: Faulty) -> None:
         recovery = AT_ONCE.replace(max_disrupted=4, freeze_below=0.0)
@@ -170,18 +175,18 @@ def test_several_are_exchanged_at_once(plane: ControlPlane) -> None:
             await fleet.deploy(timeout=60)
             sick = sorted(each.id for each in fleet.instances)[:4]
             before = {id: fleet.view.members[id].instance for id in sick}
-            made = len(there.pods.created)
+            well = {each.id for each in fleet.instances} - set(sick)
             await there.kubelet.unready(*(f"{there.namespace}/{id}" for id in sick))
             await there.kubelet.hang(*(f"{there.namespace}/{id}" for id in sick))
             await until(lambda: len(there.events("elsewhere.ready")) == 4, 120)
             await until(lambda: len(fleet.endpoints()) == 8)
-            await none_left(there, size=8)
+            new = {each.data["by"] for each in there.events("elsewhere.ready")}
+            assert set(await none_left(there, size=8)) == well | new
             for event in there.events("elsewhere.ready"):
                 assert event.instance is not None
                 instance = fleet.view.members[event.data["by"]].instance
                 assert instance.slot == before[event.instance].slot
                 assert instance.node != before[event.instance].node
-            assert len(there.pods.created) == made + 4
 
     on(plane, test)
 
@@ -379,56 +384,69 @@ def test_a_manager_that_ends_amid_the_exchange(plane: ControlPlane, done: bool) 
     on(plane, test)
 
 
+@asynccontextmanager
+async def deposed(there: Faulty) -> AsyncIterator[tuple[KubernetesBackend, str, str]]:
+    """A manager's hands, an instance, and a stand-in that it has made. Another leads since and has said so."""
+    await there.kubelet.image("agent:*", Behaviour(stop=60.0))  # what ends is there for a while
+    async with there.fleet(wanted(AT_ONCE)) as fleet:
+        await fleet.deploy(timeout=60)
+        id = fleet.instances[0].id
+    async with KubernetesBackend(there.connection, namespace=there.namespace) as backend:
+        await backend._seen.wait_synced()
+        backend.fenced("agents", Passing(1))  # as of a process that was stopped after its last check
+        await backend.stand_in("agents", id, away_from="node-0")
+        made = (await stand_in(there))["metadata"]["name"]
+        await until(lambda: (pod := backend._seen.pod(made)) is not None and pod.ready)
+        await Guard(there.connection, there.namespace, "agents", Passing(2)).check()
+        yield backend, id, made
+
+
 def test_a_deposed_manager_exchanges_nothing(plane: ControlPlane) -> None:
-    """Neither does it make a stand-in. One that it had made is still one, as the next leader has not come to it yet."""
+    """Nor does it make another stand-in. The one that it has made waits until the next leader ends it."""
 
     async def test(there: Faulty) -> None:
-        async with there.fleet(wanted(AT_ONCE)) as fleet:
-            await fleet.deploy(timeout=60)
-            id, other = (each.id for each in fleet.instances[:2])
-            backend = there.backend
-            await backend.stand_in("agents", id, away_from="node-0")
-            made = (await stand_in(there))["metadata"]["name"]
-            await until(lambda: backend._seen.pod(made) is not None)
-            pod = backend._seen.pod(made)
-            next_one = Guard(there.connection, there.namespace, "agents", Passing(99))
-            await next_one.check()  # it leads by now, and has said so on the Deployment
-            backend._guards["agents"]._fence = Passing(1)  # as of a process that was stopped after its last check
-            with pytest.raises(NotLeader, match="in epoch 99 by now"):
+        async with deposed(there) as (backend, id, made):
+            with pytest.raises(NotLeader, match="in epoch 2 by now"):
                 await backend.exchange("agents", id, made, grace=1.0)
-            with pytest.raises(NotLeader, match="in epoch 99 by now"):
-                await backend.stand_in("agents", other, away_from="node-0")
-            now = await pods(there)
-            assert id in now
-            assert pod is not None
+            with pytest.raises(NotLeader, match="in epoch 2 by now"):
+                await backend.stand_in("agents", id, away_from="node-0")
+            assert set(await pods(there, STAND_INS)) == {made}
+            assert id in await pods(there)
+        async with there.fleet(wanted(AT_ONCE)) as fleet:
+            assert made not in await none_left(there)
+            assert id in fleet.view.members
 
     on(plane, test)
 
 
-def test_one_that_was_stopped_right_before_the_exchange_finds_the_stand_in_gone(plane: ControlPlane) -> None:
-    """The next leader has ended it; its late write comes upon another version, and is refused."""
+def test_a_manager_that_was_stopped_amid_the_exchange_finds_the_stand_in_ended(plane: ControlPlane) -> None:
+    """The late write comes upon another version, so it is asked who leads."""
+
+    async def test(there: Faulty) -> None:
+        async with deposed(there) as (backend, id, made):
+            pod, seen = backend._found("agents", id), backend._found("agents", made)
+            owner = standins._replica_set(pod)
+            await there.plane.api.delete(PODS.path(there.namespace, made))  # as the next leader does
+            late = Guard(there.connection, there.namespace, "agents", Passing(1), pod={made: seen}.get)
+            late._known = dict.fromkeys(late._parts.values())  # it has not looked since
+            with pytest.raises(NotLeader, match="in epoch 2 by now"):
+                await standins._take_place(late, pod, seen, backend._selector("agents"), owner)
+            found = await there.plane.api.get(PODS.path(there.namespace, made))
+            assert naming.STAND_IN in found["metadata"]["labels"]
+            assert found["metadata"]["ownerReferences"][0]["kind"] == "Deployment"
+
+    on(plane, test)
+
+
+def test_a_stand_in_that_comes_late_is_ended_by_who_leads(plane: ControlPlane) -> None:
+    """The request of a manager that was stopped is carried out while the next one leads."""
 
     async def test(there: Faulty) -> None:
         async with there.fleet(wanted(AT_ONCE)) as fleet:
             await fleet.deploy(timeout=60)
-            id, backend = fleet.instances[0].id, there.backend
-            await there.kubelet.image("agent:*", Behaviour(start=60.0, stop=60.0))
-            late = Guard(there.connection, there.namespace, "agents", Passing(1), pod=backend._seen.pod)
-            pod = backend._seen.pod(id)
-            assert pod is not None
-            del pod
-            await sicken(there, fleet, id)
-            made = await stand_in(there)
-            body = {"metadata": {"uid": made["metadata"]["uid"], "labels": {naming.STAND_IN: None}}}
-            version = made["metadata"]["resourceVersion"]
-            body["metadata"]["resourceVersion"] = version
-            await there.plane.api.delete(PODS.path(there.namespace, made["metadata"]["name"]))
-            with pytest.raises((InstanceGone, NotLeader)):
-                await late.request(
-                    "PATCH",
-                    PODS.path(there.namespace, made["metadata"]["name"]),
-                    body=json.dumps(body).encode(),
-                    content_type="application/merge-patch+json",
-                )
+            await there.backend.stand_in("agents", fleet.instances[0].id, away_from="node-0")
+            await until(lambda: len(there.pods.created) == SIZE + 1)
+            await none_left(there)
+            assert len(fleet.endpoints()) == SIZE
 
     on(plane, test)

@@ -9,7 +9,7 @@ and that one ends.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from random import SystemRandom
 from typing import Any, Protocol
 
@@ -29,6 +29,10 @@ _LETTERS = "bcdfghjklmnpqrstvwxz2456789"
 """What Kubernetes' own generated names are made of."""
 _MOST_BASE = 57
 """Characters of a generated name before its five letters and the hyphen."""
+
+
+_PHASES = ("Pending", "Unknown", "Running")
+"""The phases of pods that have not ended, in the order in which they go."""
 
 
 class End(Protocol):
@@ -131,10 +135,9 @@ async def exchange(
 ) -> None:
     """Have a stand-in take a pod's place, and end that one.
 
-    The ReplicaSet should see the newcomer first, so that it makes none of its own, and end the right one if it acts in
-    between. It does so where it is told by the deletion cost, or where the pod is not ready. Before 1.21 it would take
-    the newest of those that are ready: there the pod goes first, and what the ReplicaSet begins in its place goes at
-    once, as it has more than enough then.
+    The ReplicaSet should see the newcomer first, so that it makes none of its own; but then it ends one by itself.
+    Where that might be another than this pod, the pod ends first: what the ReplicaSet begins in its place goes at once
+    then, as it runs nowhere yet.
 
     Args:
         connection: How the API server is asked.
@@ -152,17 +155,39 @@ async def exchange(
     owner = _replica_set(pod)
     if not stands_in(stand_in, pod):
         raise InstanceGone(f"pod {stand_in.metadata.name} does not stand in for pod {pod.metadata.name}")
-    last = minor >= FIRST_WITH_COST or not pod.ready
+    others = (each for each in seen.cache.values() if each.metadata.controller == owner)
+    if not would_go(pod, [*others, stand_in], minor=minor):
+        await end(replaced=False)
+        await _take_place(connection, pod, stand_in, selector, owner)
+        return
     if minor >= FIRST_WITH_COST:
         version = await mark_one(connection, pod)
         if version is None:
             raise InstanceGone(f"pod {pod.metadata.name} is gone, or another has its name")
         await seen.wait_for(version)
-    if not last:
-        await end(replaced=False)
     await _take_place(connection, pod, stand_in, selector, owner)
-    if last:
-        await end(replaced=True)
+    await end(replaced=True)
+
+
+def would_go(pod: Pod, others: Iterable[Pod], *, minor: int) -> bool:
+    """Whether a ReplicaSet that has one too many would end just this pod, if it is marked as one to go.
+
+    Args:
+        pod: Which.
+        others: All of the ReplicaSet, this one among them or not.
+        minor: Y of the server's version 1.Y; before 1.21 no mark is heeded.
+    """
+    marked = minor >= FIRST_WITH_COST
+    rank = (*_worth(pod), not marked)
+    uid = pod.metadata.uid
+    staying = (each for each in others if each.metadata.uid != uid and each.metadata.deletion_timestamp is None)
+    return all(rank < (*_worth(each), True) for each in staying)
+
+
+def _worth(pod: Pod) -> tuple[bool, int, bool]:
+    """What a ReplicaSet goes by first: placed or not, pending or running, ready or not."""
+    phase = pod.status.phase
+    return bool(pod.spec.node_name), _PHASES.index(phase) if phase in _PHASES else 0, pod.ready
 
 
 def stands_in(stand_in: Pod, pod: Pod) -> bool:
