@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Protocol
 
 import anyio
 import pytest
 
 from agentfleet import BackendError, BackendUnavailable, FleetSpec, InstanceGone, Outdated
-from agentfleet.backends.base import Ordered, Snapshot, Workload, WorkloadBackend
+from agentfleet.backends.base import Ordered, Relocating, Snapshot, Workload, WorkloadBackend
 from agentfleet.instances import NO_SLOT, Instance, Isolation
 
 from .harness import Watched
@@ -62,7 +63,8 @@ class Seen(Watched):
     @property
     def counted(self) -> dict[str, Instance]:
         """The instances that count for the size."""
-        return {id: each for id, each in self.instances.items() if each.isolated is None}
+        members = ((id, each) for id, each in self.instances.items() if each.stands_in_for is None)
+        return {id: each for id, each in members if each.isolated is None}
 
     async def told(self, replicas: int) -> str | None:
         """Read until the engine was told a size; returns by whom."""
@@ -324,6 +326,71 @@ async def clause_8_who_is_isolated_stays_and_its_place_is_filled(world: Workload
         assert apart in seen.instances, "a deletion leaves it"
         await world.backend.stop(FLEET, apart, grace=1.0)
         await seen.gone(apart)
+
+
+# ------------------------------------------------------------------------------------------------ 9. stand-ins
+
+
+def _relocating(world: WorkloadWorld) -> Relocating:
+    assert isinstance(world.backend, Relocating)
+    return world.backend
+
+
+@clause
+async def clause_9_a_stand_in_is_no_member_until_it_is_exchanged(world: WorkloadWorld) -> None:
+    engine = _relocating(world)
+    async with watching(world) as seen:
+        await world.backend.apply(workload(world, 3))
+        ids = await seen.whole(3)
+        old = min(ids)
+        node = seen.instances[old].node
+        assert node is not None
+        await engine.stand_in(FLEET, old, away_from=node)
+        await seen.until(lambda: any(each.stands_in_for == old and each.ready for each in seen.instances.values()))
+        (new,) = (id for id, each in seen.instances.items() if each.stands_in_for is not None)
+        assert (seen.instances[new].revision, seen.instances[new].slot) == (1, NO_SLOT)
+        assert seen.instances[new].node not in (None, node)
+        assert await seen.whole(3) == ids, "it is no part of the size"
+        await accepted(world, lambda: engine.exchange(FLEET, old, new, grace=2.0))
+        await seen.gone(old)
+        assert await seen.whole(3) == ids - {old} | {new}
+        await engine.discard(FLEET, new)  # it is one of them by now
+        await world.backend.apply(workload(world, 4))
+        assert new in await seen.whole(4)
+
+
+@clause
+async def clause_9_a_stand_in_that_is_discarded_leaves_all_as_it_was(world: WorkloadWorld) -> None:
+    engine = _relocating(world)
+    async with watching(world) as seen:
+        await world.backend.apply(workload(world, 2))
+        ids = sorted(await seen.whole(2))
+        for id in ids:
+            await engine.stand_in(FLEET, id, away_from="another-node")
+        await seen.until(lambda: len(seen.instances) == 4 and all(each.ready for each in seen.instances.values()))
+        first, second = ((id, each.stands_in_for) for id, each in seen.instances.items() if each.stands_in_for)
+        with pytest.raises(InstanceGone):
+            await engine.exchange(FLEET, second[1] or "", first[0], grace=1.0)
+        with pytest.raises(InstanceGone):
+            await engine.exchange(FLEET, ids[0], "nobody", grace=1.0)
+        with pytest.raises(InstanceGone):
+            await engine.stand_in(FLEET, "nobody", away_from="another-node")
+        for id in (first[0], second[0]):
+            await accepted(world, partial(engine.discard, FLEET, id))
+            await seen.gone(id)
+            await engine.discard(FLEET, id)  # already done
+        assert sorted(await seen.whole(2)) == ids
+
+
+@clause
+async def clause_9_a_deletion_takes_stand_ins_with_it(world: WorkloadWorld) -> None:
+    async with watching(world) as seen:
+        await world.backend.apply(workload(world, 2))
+        old = min(await seen.whole(2))
+        await _relocating(world).stand_in(FLEET, old, away_from="another-node")
+        await seen.until(lambda: len(seen.instances) == 3)
+        await world.backend.delete(FLEET)
+        await seen.until(lambda: not seen.instances)
 
 
 # ------------------------------------------------------------------------------------------------ the end

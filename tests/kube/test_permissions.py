@@ -77,6 +77,10 @@ async def live(fleet: Fleet, there: Faulty) -> None:
     there.proxy.inject(status_answer(409), method="POST", path="/eviction")  # so it is looked at, and tried again
     await fleet.replace(fleet.instances[0].id)
     await fleet.ready(timeout=60)
+    moved = fleet.instances[0].id
+    await fleet.replace(moved, elsewhere=True)
+    await until(lambda: moved not in fleet.view.members)
+    await fleet.ready(timeout=60)
     apart = fleet.instances[0].id
     await fleet.isolate(apart, reason="to be looked at")
     await until(lambda: bool(there.proxy.requests("PATCH", f"/pods/{apart}")))
