@@ -34,8 +34,9 @@ class InstanceOperations(FleetReader):
 
         Args:
             id: Of the instance.
-            elsewhere: The new one should run on another node, where the backend lets us choose. On Kubernetes the
-                scheduler chooses: cordon the node to keep the new one away from it.
+            elsewhere: The new one should run on another node. On Kubernetes it becomes ready first, and the old one
+                serves until then. If there is no place for it within 10 s, or it is not ready within the rollout's
+                `progress_deadline`, the old one stays, and "elsewhere.failed" in the journal says why.
 
         Raises:
             OperationRefused: No such instance, the governor holds it, or there is no other node that is ready; the

@@ -98,7 +98,10 @@ class Relocations:
         if not desk.relocates or instance.node is None:
             return False
         move = _Move(instance.slot, instance.revision, instance.node, grace, now, asked)
-        if self._pointless(member, move) is not None:
+        why = self._pointless(member, move)
+        if why is not None:
+            text = f"no stand-in is made, for {why}"
+            self._note("failed", instance.id, move, Reason("elsewhere.pointless", text), then="replaced")
             return False
         if not asked and len(self._moves) >= max(1, desk.spec.recovery.budget(desk.wanted.desired)):
             text = "as many stand-ins as instances may be disrupted at once are awaited already"

@@ -176,6 +176,7 @@ def test_several_are_exchanged_at_once(plane: ControlPlane) -> None:
             sick = sorted(each.id for each in fleet.instances)[:4]
             before = {id: fleet.view.members[id].instance for id in sick}
             well = {each.id for each in fleet.instances} - set(sick)
+            await there.kubelet.image("agent:*", Behaviour(start=1.0))  # no container runs in an instant
             await there.kubelet.unready(*(f"{there.namespace}/{id}" for id in sick))
             await there.kubelet.hang(*(f"{there.namespace}/{id}" for id in sick))
             await until(lambda: len(there.events("elsewhere.ready")) == 4, 120)

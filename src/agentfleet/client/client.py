@@ -233,7 +233,7 @@ class FleetClient:
         return await self._act(id, instance, "restart", None, key)
 
     async def replace(self, id: str, instance: str, *, elsewhere: bool = False, key: str | None = None) -> Accepted:
-        """Have an instance replaced; `elsewhere`: on another node, where the manager's backend chooses nodes."""
+        """Have an instance replaced; `elsewhere`: on another node, or not at all."""
         return await self._act(id, instance, "replace", {"elsewhere": elsewhere}, key)
 
     async def isolate(

@@ -20,15 +20,15 @@ def away_from(affinity: Mapping[str, Any] | None, node: str) -> dict[str, Any]:
     """
     wanted = dict(affinity or {})
     nodes = dict(wanted.get("nodeAffinity") or {})
-    required = dict(nodes.get(_REQUIRED) or {})
     field = {"key": "metadata.name", "operator": "NotIn", "values": [node]}
-    terms = [
-        {**term, "matchFields": [*(term.get("matchFields") or ()), field]} if _says_anything(term) else term
-        for term in required.get("nodeSelectorTerms") or ()
-    ]
-    required["nodeSelectorTerms"] = terms or [{"matchFields": [field]}]
-    return {**wanted, "nodeAffinity": {**nodes, _REQUIRED: required}}
+    required = nodes.get(_REQUIRED)
+    terms = [{"matchFields": [field]}]
+    if required is not None:
+        terms = [_told(term, field) for term in required.get("nodeSelectorTerms") or ()]
+    return {**wanted, "nodeAffinity": {**nodes, _REQUIRED: {**(required or {}), "nodeSelectorTerms": terms}}}
 
 
-def _says_anything(term: Mapping[str, Any]) -> bool:
-    return bool(term.get("matchExpressions") or term.get("matchFields"))
+def _told(term: Mapping[str, Any], field: Mapping[str, Any]) -> dict[str, Any]:
+    if not term.get("matchExpressions") and not term.get("matchFields"):
+        return dict(term)
+    return {**term, "matchFields": [*(term.get("matchFields") or ()), field]}
