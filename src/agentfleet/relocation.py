@@ -101,11 +101,11 @@ class Relocations:
         why = self._pointless(member, move)
         if why is not None:
             text = f"no stand-in is made, for {why}"
-            self._note("failed", instance.id, move, Reason("elsewhere.pointless", text), then="replaced")
+            self._note("elsewhere.failed", instance.id, move, Reason("elsewhere.pointless", text), then="replaced")
             return False
         if not asked and len(self._moves) >= max(1, desk.spec.recovery.budget(desk.wanted.desired)):
             text = "as many stand-ins as instances may be disrupted at once are awaited already"
-            self._note("failed", instance.id, move, Reason("elsewhere.crowded", text), then="replaced")
+            self._note("elsewhere.failed", instance.id, move, Reason("elsewhere.crowded", text), then="replaced")
             return False
         self._moves[instance.id] = move
         desk.moving.add(instance.id)
@@ -293,13 +293,15 @@ class Relocations:
     def _call_off(self, id: str, why: str) -> None:
         """There is nothing to be replaced any more."""
         move = self._end(id)
-        self._note("called_off", id, move, Reason("elsewhere.pointless", f"its stand-in is not wanted: {why}"))
+        self._note(
+            "elsewhere.called_off", id, move, Reason("elsewhere.pointless", f"its stand-in is not wanted: {why}")
+        )
         self._spare(move)
 
     def _give_up(self, id: str, why: Reason) -> None:
         """There is no stand-in to be had: recovery goes on without, an operator is told."""
         move, member = self._end(id), self._desk.view.members.get(id)
-        self._note("failed", id, move, why, then="kept" if move.asked else "replaced")
+        self._note("elsewhere.failed", id, move, why, then="kept" if move.asked else "replaced")
         if move.asked or member is None:
             self._spare(move)
         else:
@@ -310,8 +312,8 @@ class Relocations:
         if not counts:
             self._remedies.not_reached(move.slot)
 
-    def _note(self, what: str, id: str, move: _Move, why: Reason, **more: str) -> None:
-        self._desk.record(f"elsewhere.{what}", id, {"slot": move.slot, "node": move.node, **more}, (why,))
+    def _note(self, kind: str, id: str, move: _Move, why: Reason, **more: str) -> None:
+        self._desk.record(kind, id, {"slot": move.slot, "node": move.node, **more}, (why,))
 
 
 def _recovered(member: Member, move: _Move) -> bool:

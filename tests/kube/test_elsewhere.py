@@ -20,7 +20,7 @@ from agentfleet.backends.kubernetes import KubernetesBackend, naming, standins
 from agentfleet.backends.kubernetes.guard import Guard
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, PODS
 from agentfleet.specs import Backoff
-from agentfleet.testing.kube import Behaviour, ControlPlane, NoAnswer
+from agentfleet.testing.kube import Behaviour, ControlPlane, NoAnswer, Reset
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -188,6 +188,25 @@ def test_several_are_exchanged_at_once(plane: ControlPlane) -> None:
                 instance = fleet.view.members[event.data["by"]].instance
                 assert instance.slot == before[event.instance].slot
                 assert instance.node != before[event.instance].node
+
+    on(plane, test)
+
+
+@pytest.mark.parametrize("skip", [0, 1], ids=["of the stand-in", "of the exchange"])
+def test_an_answer_that_is_lost(plane: ControlPlane, skip: int) -> None:
+    """What was done is not done twice: a second stand-in is ended, an exchange goes on."""
+
+    async def test(there: Faulty) -> None:
+        async with there.fleet(wanted(AT_ONCE)) as fleet:
+            await fleet.deploy(timeout=60)
+            sick = fleet.instances[0].id
+            await there.kubelet.image("agent:*", Behaviour(start=1.0))
+            there.proxy.inject(Reset(done=True), method="POST|PATCH", path=r"/pods(/[^/]+)?(\?|$)", skip=skip)
+            await sicken(there, fleet, sick)
+            await until(lambda: sick not in fleet.view.members and len(fleet.endpoints()) == SIZE)
+            found = await none_left(there)
+            ready = there.events("elsewhere.ready")[-1]
+            assert found[ready.data["by"]]["spec"]["nodeName"] != ready.data["node"]
 
     on(plane, test)
 

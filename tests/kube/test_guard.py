@@ -125,6 +125,15 @@ async def test_waiting_for_another_write_counts() -> None:
 
 
 @virtual
+async def test_a_deletion_that_was_decided_on_a_version_is_tried_on_that_one_alone() -> None:
+    server = Server()
+    place = {"uid": "u", "resourceVersion": "1"}
+    with pytest.raises(Conflict):
+        await leader(server).request("DELETE", POD, body=json.dumps({"preconditions": place}).encode())
+    assert len(server.written) == 1
+
+
+@virtual
 async def test_a_pod_that_changes_all_the_time_is_waited_for_likewise() -> None:
     server = Server()
     seen = PODS.read(json.dumps({"metadata": {"name": "agents-1", "uid": "u", "resourceVersion": "1"}}).encode())

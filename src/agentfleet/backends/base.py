@@ -260,7 +260,7 @@ class Relocating(Protocol):
         ...
 
     async def discard(self, fleet: str, stand_in: str) -> None:
-        """End a stand-in at once. Already gone is success; one that is a member by now is left alone."""
+        """End a stand-in. Already gone is success; one that is a member by now is left alone."""
         ...
 
 

@@ -114,8 +114,8 @@ def uid_meant(method: str, content: Mapping[str, Any]) -> str | None:
 
 
 def decided_on_version(method: str, content: Mapping[str, Any]) -> bool:
-    """Whether a write to a pod is meant for the version that it names, and for no later one."""
-    return "resourceVersion" in _pod_place(method, content)
+    """Whether the deletion of a pod is meant for the version that it names, and for no later one."""
+    return method == "DELETE" and "resourceVersion" in _pod_place(method, content)
 
 
 def pod_based(method: str, content: Mapping[str, Any], version: str | None) -> dict[str, Any]:

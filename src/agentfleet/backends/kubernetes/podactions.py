@@ -110,7 +110,7 @@ class PodActions(ABC):
         await standins.exchange(self._to(fleet), self._seen.pods, pod, other, selector, minor=minor, end=end)
 
     async def discard(self, fleet: str, stand_in: str) -> None:
-        """End a stand-in at once; one that has become a member is left alone. See `Relocating`.
+        """End a stand-in, with its drain; one that has become a member is left alone. See `Relocating`.
 
         Raises:
             Conflict: It has changed since it was seen.

@@ -153,6 +153,9 @@ async def exchange(
         BackendError: As `Connection.request`; the stand-in may have taken the place.
     """
     owner = _replica_set(pod)
+    if stand_in.metadata.controller == owner:  # so it was told before, and the answer was lost
+        await end(replaced=True)
+        return
     if not stands_in(stand_in, pod):
         raise InstanceGone(f"pod {stand_in.metadata.name} does not stand in for pod {pod.metadata.name}")
     others = (each for each in seen.cache.values() if each.metadata.controller == owner)
@@ -228,7 +231,7 @@ async def _take_place(connection: Requests, pod: Pod, stand_in: Pod, selector: M
 
 
 async def discard(connection: Requests, stand_in: Pod) -> None:
-    """End a stand-in at once, if it has not changed since it was seen: it may be a member of the fleet by now.
+    """End a stand-in, with its drain, if it has not changed since it was seen: it may be a member by now.
 
     Raises:
         Conflict: It has; look at it again.
@@ -236,10 +239,7 @@ async def discard(connection: Requests, stand_in: Pod) -> None:
         BackendError: As `Connection.request`.
     """
     meta = stand_in.metadata
-    options = {
-        "gracePeriodSeconds": 0,
-        "preconditions": {"uid": meta.uid, "resourceVersion": meta.resource_version},
-    }
+    options = {"preconditions": {"uid": meta.uid, "resourceVersion": meta.resource_version}}
     path = PODS.path(meta.namespace, meta.name)
     await connection.request("DELETE", path, body=json.dumps(options).encode())
 
