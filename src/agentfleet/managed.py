@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 RETRY = (0.2, 10.0)
 """Seconds before the first repetition of what has failed, and the most before any."""
-_ASIDE = 5.0
+_ASIDE = 2.0
 """Seconds that a manager stands aside at most after it has handed a fleet over; others take a free lease within one."""
 _GLANCE = 0.25
 """Seconds between two looks at whether another leads what was handed over."""

@@ -7,6 +7,7 @@ kept for the next manager: a stand-in that the engine shows and that nobody wait
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -26,7 +27,10 @@ ACTIONS = ("stand_in", EXCHANGE, "discard")
 """The actuator's actions whose ends are to be told to `Relocations`."""
 UNPLACED = 10.0
 """Seconds for which the engine may say of a stand-in that no node takes it."""
+_AGAIN = 30.0
+"""Seconds after which a stand-in that was ended and is still there is ended once more: its node may be lost."""
 
+_ENDED = (Phase.EXITED, Phase.LOST)
 _UNREACHED = (BackendUnavailable, Conflict, DeadlineExceeded, NotLeader)
 
 
@@ -79,6 +83,8 @@ class Relocations:
         self._stand_ins: dict[str, Instance] = {}
         self._taken: set[str] = set()
         """Stand-ins that have taken their places, and that the engine does not show so yet."""
+        self._discarded: dict[str, float] = {}
+        """When the engine was told to end a stand-in."""
         self._failures = 0
         self._retry_at = 0.0
 
@@ -98,7 +104,7 @@ class Relocations:
         if not desk.relocates or instance.node is None:
             return False
         move = _Move(instance.slot, instance.revision, instance.node, grace, now, asked)
-        why = self._pointless(member, move)
+        why = self._pointless(member, move.revision)
         if why is not None:
             text = f"no stand-in is made, for {why}"
             self._note("elsewhere.failed", instance.id, move, Reason("elsewhere.pointless", text), then="replaced")
@@ -122,6 +128,7 @@ class Relocations:
         """An instance is a member; it may have been a stand-in."""
         self._stand_ins.pop(id, None)
         self._taken.discard(id)
+        self._discarded.pop(id, None)
 
     def gone(self, id: str) -> None:
         """An instance or stand-in does not exist any more."""
@@ -145,13 +152,14 @@ class Relocations:
     def failed(self, action: str, id: str, error: Exception, now: float) -> None:
         """It did not."""
         if action == "discard":
+            self._discarded.pop(id, None)
             self._failures += 1
             self._retry_at = now + self._desk.spec.recovery.backoff.delay(self._failures)
         elif id not in self._moves:
             return  # it was called off meanwhile
         elif action == EXCHANGE:
             self._not_exchanged(id, counts=not isinstance(error, _UNREACHED))
-        elif isinstance(error, InstanceGone):
+        elif isinstance(error, InstanceGone) and id not in self._desk.view.members:
             self._call_off(id, "it is gone")
         elif isinstance(error, _UNREACHED):
             self._spare(self._end(id))
@@ -177,7 +185,7 @@ class Relocations:
             member = self._desk.view.members.get(id)
             if member is None or member.condition not in SERVING or self._ready(id, move) is None:
                 continue
-            if self._pointless(member, move) is None and not _recovered(member, move):
+            if self._pointless(member, move.revision) is None and not _recovered(member, move):
                 cause = Cause.OPERATOR if move.asked else Cause.RECOVERY
                 yield Proposal(Disruption(move.slot, cause, serving=True), member, going=EXCHANGE)
 
@@ -207,22 +215,33 @@ class Relocations:
 
     def _look(self, id: str, move: _Move, now: float) -> float | None:
         member = self._desk.view.members.get(id)
-        why = self._pointless(member, move)
+        why = self._pointless(member, move.revision)
         if member is None or why is not None:
             self._call_off(id, why or "it is gone")
             return None
         if id in self._desk.actuator.busy:
+            return None
+        if _recovered(member, move):
+            self._call_off(id, "it has recovered by itself")
             return None
         stand_in = self._find(id, move)
         if stand_in is not None and move.stand_in is None:
             move.stand_in = stand_in.id
         if self._ready(id, move) is None:
             return self._wait(id, move, stand_in, now)
-        if _recovered(member, move):
-            self._call_off(id, "it has recovered by itself")
-        elif member.condition not in SERVING:
-            self.exchange(member, now)
-        return None  # else the governor holds it
+        if member.condition in SERVING:
+            return self._hold(id, move, now)
+        self.exchange(member, now)
+        return None
+
+    def _hold(self, id: str, move: _Move, now: float) -> float | None:
+        """Wait until the governor admits the exchange, but not for ever: nothing else is done to either meanwhile."""
+        until: float = move.since + 2 * self._desk.spec.rollout.progress_deadline
+        if now < until:
+            return until
+        text = "its stand-in is ready, and the governor has held the exchange for too long"
+        self._give_up(id, Reason("elsewhere.held", text, {"seconds": now - move.since}))
+        return None
 
     def _wait(self, id: str, move: _Move, stand_in: Instance | None, now: float) -> float | None:
         """Wait on for a stand-in, or give it up."""
@@ -248,26 +267,29 @@ class Relocations:
     def _discard(self, now: float) -> float | None:
         """End the stand-ins that nobody waits for."""
         wanted = {id: move.stand_in for id, move in self._moves.items()}
-        waits = False
+        dates: list[float] = []
         for id, each in self._stand_ins.items():
             instance = each.stands_in_for or ""
             awaited = instance in wanted and wanted[instance] in (None, id)
             if awaited or id in self._taken or each.phase is Phase.DRAINING or id in self._desk.actuator.busy:
                 continue
-            if now < self._retry_at:
-                waits = True
+            due = max(self._retry_at, self._discarded.get(id, -math.inf) + _AGAIN)
+            if now < due:
+                dates.append(due)
             else:
+                self._discarded[id] = now
                 self._desk.actuator.discard(id)
-        return self._retry_at if waits else None
+        return min(dates, default=None)
 
     # ------------------------------------------------------------------------------------------ one of them
 
     def _find(self, id: str, move: _Move) -> Instance | None:
-        """The stand-in that is awaited, once it is seen; of several one that does not go."""
+        """The stand-in that is awaited, once it is seen; of several one that runs, and none that is being ended."""
         if move.stand_in is not None:
             return self._stand_ins.get(move.stand_in)
-        found = (each for each in self._stand_ins.values() if each.stands_in_for == id)
-        return next((each for each in found if each.phase is not Phase.DRAINING), None)
+        own = (each for each in self._stand_ins.values() if each.stands_in_for == id and each.id not in self._discarded)
+        found = [each for each in own if each.phase is not Phase.DRAINING]
+        return min(found, key=lambda each: each.phase in _ENDED, default=None)
 
     def _ready(self, id: str, move: _Move) -> Instance | None:
         """The stand-in, if the two can be exchanged now."""
@@ -276,7 +298,17 @@ class Relocations:
         found = self._find(id, move)
         return found if found is not None and found.ready and found.phase is Phase.RUNNING else None
 
-    def _pointless(self, member: Member | None, move: _Move) -> str | None:
+    def refusal(self, member: Member) -> str | None:
+        """Why an operator cannot have an instance replaced elsewhere now; None if it can be tried."""
+        if not self._desk.relocates:
+            return None
+        return (
+            "it is on no node yet"
+            if member.instance.node is None
+            else self._pointless(member, member.instance.revision)
+        )
+
+    def _pointless(self, member: Member | None, revision: int) -> str | None:
         """Why a stand-in is not wanted, whatever becomes of it."""
         state = self._desk.wanted
         if state.deleted or not state.running:
@@ -284,7 +316,7 @@ class Relocations:
         if member is None or member.condition in (Condition.DRAINING, Condition.ISOLATED):
             return "it leaves the fleet"
         held = state.paused or state.rollout.phase is RolloutPhase.FAILED
-        return None if move.revision == state.target or held else "another revision is wanted"
+        return None if revision == state.target or held else "another revision is wanted"
 
     def _end(self, id: str) -> _Move:
         self._desk.moving.discard(id)
@@ -301,8 +333,9 @@ class Relocations:
     def _give_up(self, id: str, why: Reason) -> None:
         """There is no stand-in to be had: recovery goes on without, an operator is told."""
         move, member = self._end(id), self._desk.view.members.get(id)
-        self._note("elsewhere.failed", id, move, why, then="kept" if move.asked else "replaced")
-        if move.asked or member is None:
+        stays = move.asked or member is None or member.condition in SERVING
+        self._note("elsewhere.failed", id, move, why, then="kept" if stays else "replaced")
+        if stays or member is None:
             self._spare(move)
         else:
             self._remedies.replace(member, move.grace)
@@ -325,6 +358,6 @@ def _broken(move: _Move, stand_in: Instance | None) -> Reason | None:
     """Why nothing can come of a stand-in any more."""
     if move.stand_in is not None and (stand_in is None or stand_in.phase is Phase.DRAINING):
         return Reason("elsewhere.removed", f"somebody has ended the stand-in {move.stand_in}")
-    if stand_in is not None and stand_in.phase in (Phase.EXITED, Phase.LOST):
+    if stand_in is not None and stand_in.phase in _ENDED:
         return Reason("elsewhere.broken", f"the stand-in on {stand_in.node} is {stand_in.phase.value}")
     return None

@@ -160,7 +160,7 @@ class Turn:
 
         Raises:
             OperationRefused: There is no such instance, it is busy or isolated, or it is held; or there is no other
-                node for it to go to.
+                node for it to go to, or it is to go anyway.
         """
         done = _DONE[remedy]
         member = self._placed(id, done)
@@ -171,6 +171,8 @@ class Turn:
                 f"instance {id} on {where} is not {done}: no other node is ready; without elsewhere=True it is"
                 " replaced wherever there is room"
             )
+        if remedy is Remedy.ELSEWHERE and (why := self.relocations.refusal(member)) is not None:
+            raise OperationRefused(f"instance {id} is not {done}: {why}; try again later, or without elsewhere=True")
         reason = Reason(f"operator.{remedy.value}", "an operator asked for it")
         wish = Wish(slot, remedy, (reason,))
         self._admit(Proposal(Disruption(slot, Cause.OPERATOR, member.condition in SERVING), member, wish), done, now)

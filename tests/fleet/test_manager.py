@@ -28,6 +28,7 @@ from agentfleet import (
     ScalingPolicy,
     SpecError,
 )
+from agentfleet.core.sharing import SharingPolicy
 from agentfleet.events import Event
 from agentfleet.manager import FleetManager
 from agentfleet.operations import Caller, Kind, Operation, Status
@@ -503,15 +504,16 @@ async def test_managers_share_the_fleets_and_take_each_others_over() -> None:
 async def test_who_has_handed_a_fleet_over_takes_it_back_at_once_when_the_other_leaves() -> None:
     there = Platform()
     async with there.managers() as managers:
-        first = await managers.start("m1", sharing=QUICK)
-        for number in range(4):
+        seldom = SharingPolicy(settle=5.0, every=30.0)
+        first = await managers.start("m1", sharing=seldom)
+        for number in range(16):
             await first.finished((await first.create(spec(2, name=f"f{number}"))).id)
-        second = await managers.start("m2", sharing=QUICK)
+        second = await managers.start("m2", sharing=seldom)
         await until(lambda: second.health().leads == 1)
         await anyio.sleep(0.5)
         managers.leave("m2")
         left = anyio.current_time()
-        await until(lambda: first.health().leads == 4)
+        await until(lambda: first.health().leads == 16)
         assert anyio.current_time() - left < 1.5
         assert there.kinds("manager.deposed") == []
 

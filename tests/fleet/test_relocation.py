@@ -15,7 +15,8 @@ from tests.fleet.world import HEALTH, spec
 
 from agentfleet import Fleet, FleetSpec, Instance, MemoryBackend, RecoveryPolicy, RolloutPolicy
 from agentfleet.backends.memory import MemoryDeployments
-from agentfleet.errors import BackendRefused, BackendUnavailable
+from agentfleet.errors import BackendRefused, BackendUnavailable, InstanceGone, OperationRefused
+from agentfleet.instances import Phase
 from agentfleet.testing import virtual
 
 AWAY = RecoveryPolicy(restarts=0, replacements=0, elsewhere=2, cooldown=5.0, settle=20.0)
@@ -304,7 +305,126 @@ async def test_there_are_not_more_stand_ins_than_may_be_disrupted() -> None:
         await whole(place, fleet)
 
 
+@virtual
+async def test_pods_that_belong_to_nobody_any_more_climb_the_ladder() -> None:
+    """As those of a dead node that the cluster has deleted: no stand-in can be made, and that is no news each turn."""
+
+    class Orphans(Troubled):
+        async def stand_in(self, fleet: str, id: str, *, away_from: str) -> None:
+            if self.kept(fleet).known(id).phase is Phase.LOST:
+                self.calls.append("stand_in")
+                raise InstanceGone("it is in no ReplicaSet (any more)")
+            await super().stand_in(fleet, id, away_from=away_from)
+
+    place = Place()
+    place.backend = Orphans(place.cluster)
+    async with place.deployed() as fleet:
+        node = fleet.instances[0].node
+        assert node is not None
+        place.cluster.faults.partition(node)
+        await until(lambda: len(fleet.endpoints()) == SIZE)
+        await anyio.sleep(600)
+        assert len(place.events("recovery.elsewhere")) < 20
+        assert len(fleet.endpoints()) == SIZE
+
+
+@virtual
+async def test_a_stand_in_on_a_lost_node_is_ended_now_and_then() -> None:
+    """It does not go before its node is back: it is told so again, but not all the time."""
+    place = Place()
+    async with place.deployed() as fleet:
+        place.slow()
+        place.cluster.faults.hang(fleet.instances[0].id, sticky=True)
+        await until(lambda: bool(place.stand_ins) and place.stand_ins[0].node is not None)
+        node = place.stand_ins[0].node
+        assert node is not None
+        place.cluster.faults.partition(node)
+        await anyio.sleep(120)
+        assert 1 <= place.backend.calls.count("discard") < 20
+
+
+@virtual
+async def test_a_dead_stand_in_is_not_taken_for_a_new_one() -> None:
+    place = Place()
+    async with place.deployed() as fleet:
+        id = fleet.instances[0].id
+        await fleet.replace(id, elsewhere=True)
+        await until(lambda: bool(place.stand_ins) and place.stand_ins[0].node is not None)
+        node = place.stand_ins[0].node
+        assert node is not None
+        place.cluster.faults.partition(node)
+        await until(lambda: bool(place.events("elsewhere.failed")))
+        await until(lambda: len(fleet.endpoints()) == SIZE)
+        await anyio.sleep(30)
+        assert id in fleet.endpoints()
+        await fleet.replace(id, elsewhere=True)
+        await until(lambda: id not in fleet.view.members, 60)
+
+
+@virtual
+async def test_an_operator_is_told_when_it_would_be_replaced_anyway() -> None:
+    place = Place(spec(SIZE, health=HEALTH, recovery=AWAY.replace(max_disrupted=3)))
+    async with place.deployed() as fleet:
+        place.cluster.behave(version="2", start_delay=START)
+        await fleet.upgrade("2", wait=False)
+        await anyio.sleep(5)
+        old = [each for each in fleet.instances if each.revision == 1 and each.id in fleet.endpoints()][-1]
+        with pytest.raises(OperationRefused, match="another revision is wanted"):
+            await fleet.replace(old.id, elsewhere=True)
+        assert old.id in fleet.endpoints()
+
+
+@virtual
+async def test_an_exchange_that_is_never_admitted() -> None:
+    """The instance stays, and can be acted upon again; its stand-in does not wait for ever."""
+
+    class Stuck(Troubled):
+        async def stop(self, fleet: str, id: str, *, grace: float) -> None:
+            raise BackendRefused("no")
+
+    limits = RolloutPolicy(progress_deadline=300.0)
+    place = Place(spec(SIZE, health=HEALTH, recovery=AWAY.replace(max_disrupted=1), rollout=limits))
+    place.backend = Stuck(place.cluster)
+    async with place.deployed() as fleet:
+        id = fleet.instances[0].id
+        place.slow()
+        await fleet.replace(id, elsewhere=True)
+        await anyio.sleep(20)
+        place.cluster.faults.hang(fleet.instances[3].id, sticky=True)  # so that one more would be too many
+        await until(lambda: "elsewhere.held" in place.codes("elsewhere.failed"))
+        assert id in fleet.endpoints()
+        assert id not in fleet._runtime.desk.moving
+        await until(lambda: not [each for each in place.stand_ins if each.stands_in_for == id])
+
+
 # ------------------------------------------------------------------------------------------------ meanwhile
+
+
+@pytest.mark.parametrize("stuck", ["no room", "never ready", "refused"])
+@virtual
+async def test_one_that_has_recovered_is_not_ended_because_its_stand_in_failed(stuck: str) -> None:
+    limits = RolloutPolicy(progress_deadline=100.0)
+    wanted = spec(SIZE, health=HEALTH, recovery=AWAY.replace(max_disrupted=3, freeze_below=0.1), rollout=limits)
+    place = Place(wanted, room=2 if stuck == "no room" else None)
+    async with place.deployed() as fleet:
+        sick = [each.id for each in fleet.instances[:3]]
+        if stuck == "never ready":
+            place.cluster.behave(version="1", never_ready=True)
+        if stuck == "refused":
+            place.backend.trouble["stand_in"] = BackendUnavailable("no route")
+        for id in sick:
+            place.cluster.faults.hang(id)
+        await until(lambda: {event.instance for event in place.events("recovery.elsewhere")} == set(sick))
+        for id in sick:
+            place.cluster.faults.cure(id)
+        await until(lambda: len(fleet.endpoints()) == SIZE)
+        if stuck == "refused":
+            place.backend.trouble["stand_in"] = BackendRefused("quota")
+        for _ in range(600):
+            await anyio.sleep(0.2)
+            assert len(fleet.endpoints()) == SIZE
+        assert set(sick) <= set(fleet.view.members)
+        assert not fleet._runtime.desk.moving
 
 
 @virtual

@@ -221,3 +221,12 @@ def test_whom_a_replica_set_would_end(one: dict[str, Any], other: dict[str, Any]
     assert would_go(first, [first, second], minor=20) is old
     assert would_go(first, [first, second], minor=21) is new
     assert would_go(first, [first], minor=20)
+
+
+@pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
+def test_a_replica_set_does_not_count_what_has_ended(phase: str) -> None:
+    """An evicted pod lies about for days: that is no reason to end an instance before its successor is in its place."""
+    ended = pod("agents-5d-ended", phase=phase, ready=False)
+    assert would_go(pod(), [pod(), pod("agents-5d-y"), ended], minor=21)
+    with pytest.raises(InstanceGone, match="in no ReplicaSet"):
+        manifest(ended, template(), SELECTOR, DEPLOYMENT, node="n1")

@@ -31,6 +31,7 @@ _MOST_BASE = 57
 """Characters of a generated name before its five letters and the hyphen."""
 
 
+_ENDED = ("Succeeded", "Failed")
 _PHASES = ("Pending", "Unknown", "Running")
 """The phases of pods that have not ended, in the order in which they go."""
 
@@ -183,8 +184,13 @@ def would_go(pod: Pod, others: Iterable[Pod], *, minor: int) -> bool:
     marked = minor >= FIRST_WITH_COST
     rank = (*_worth(pod), not marked)
     uid = pod.metadata.uid
-    staying = (each for each in others if each.metadata.uid != uid and each.metadata.deletion_timestamp is None)
+    staying = (each for each in others if each.metadata.uid != uid and _counts(each))
     return all(rank < (*_worth(each), True) for each in staying)
+
+
+def _counts(pod: Pod) -> bool:
+    """Whether a ReplicaSet counts a pod: those that have ended lie about until somebody deletes them."""
+    return pod.metadata.deletion_timestamp is None and pod.status.phase not in _ENDED
 
 
 def _worth(pod: Pod) -> tuple[bool, int, bool]:
@@ -197,7 +203,7 @@ def stands_in(stand_in: Pod, pod: Pod) -> bool:
     """Whether a pod waits for the place of just this other one."""
     notes = stand_in.metadata.annotations
     waits = stand_in.metadata.labels.get(naming.STAND_IN) == "true"
-    return waits and notes is not None and notes.stands_in_uid == pod.metadata.uid
+    return waits and _counts(stand_in) and notes is not None and notes.stands_in_uid == pod.metadata.uid
 
 
 async def _take_place(connection: Requests, pod: Pod, stand_in: Pod, selector: Mapping[str, str], owner: Owner) -> None:
@@ -246,6 +252,6 @@ async def discard(connection: Requests, stand_in: Pod) -> None:
 
 def _replica_set(pod: Pod) -> Owner:
     owner = pod.metadata.controller
-    if owner is None or owner.kind != "ReplicaSet" or pod.metadata.deletion_timestamp is not None:
+    if owner is None or owner.kind != "ReplicaSet" or not _counts(pod):
         raise InstanceGone(f"pod {pod.metadata.name} is in no ReplicaSet (any more)")
     return owner
