@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
@@ -20,7 +20,7 @@ from agentfleet.backends.kubernetes import KubernetesBackend, naming, standins
 from agentfleet.backends.kubernetes.guard import Guard
 from agentfleet.backends.kubernetes.resources import DEPLOYMENTS, PODS
 from agentfleet.specs import Backoff
-from agentfleet.testing.kube import Behaviour, ControlPlane, NoAnswer, Reset
+from agentfleet.testing.kube import ApiRefused, Behaviour, ControlPlane, NoAnswer, Reset
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -57,15 +57,17 @@ async def stand_in(there: Faulty) -> Any:
     return only
 
 
-async def none_left(there: Faulty, *, size: int = SIZE, seconds: float = 30.0) -> dict[str, Any]:
-    """Wait until there are so many pods, all of them of a ReplicaSet."""
+async def none_left(
+    there: Faulty, *, size: int = SIZE, seconds: float = 30.0, without: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Wait until there are so many pods, all of them of a ReplicaSet, and some are gone."""
     found: dict[str, Any] = {}
     with anyio.move_on_after(seconds):
         while True:
             found = await pods(there, f"labelSelector={naming.FLEET}%3Dagents")
             owned = [each for each in found.values() if "ownerReferences" in each["metadata"]]
             kinds = [each["metadata"]["ownerReferences"][0]["kind"] for each in owned]
-            if kinds == ["ReplicaSet"] * size == ["ReplicaSet"] * len(found):
+            if kinds == ["ReplicaSet"] * size == ["ReplicaSet"] * len(found) and found.keys().isdisjoint(without):
                 return found
             await anyio.sleep(0.2)
     told = ("labels", "annotations", "ownerReferences")
@@ -312,9 +314,33 @@ def test_what_is_wanted_otherwise_meanwhile_leaves_nothing(
             await sicken(there, fleet, sick)
             made = (await stand_in(there))["metadata"]["name"]
             size = await act(fleet)
-            found = await none_left(there, size=size)
-            assert made not in found
-            assert sick not in found
+            await none_left(there, size=size, without=(made, sick))
+            assert not there.events("action.failed")
+
+    on(plane, test)
+
+
+def test_a_stand_in_that_changes_all_the_time_is_ended_all_the_same(plane: ControlPlane) -> None:
+    """A deletion is meant for the version that was seen, so it is tried on those that come."""
+
+    async def test(there: Faulty) -> None:
+        async with there.fleet(wanted(AT_ONCE)) as fleet, anyio.create_task_group() as tasks:
+            await fleet.deploy(timeout=60)
+            await there.kubelet.image("agent:1", Behaviour(start=60.0))
+            await sicken(there, fleet, fleet.instances[0].id)
+            made = (await stand_in(there))["metadata"]
+
+            async def change() -> None:
+                with suppress(ApiRefused):  # it is gone
+                    for number in range(1000):
+                        notes = {"metadata": {"annotations": {"number": str(number)}}}
+                        await there.plane.api.patch(PODS.path(there.namespace, made["name"]), notes)
+                        await anyio.sleep(0.05)
+
+            tasks.start_soon(change)
+            await fleet.upgrade("2", wait=False)
+            await until(lambda: made["uid"] in there.pods.deleted)
+            tasks.cancel_scope.cancel()
             assert not there.events("action.failed")
 
     on(plane, test)

@@ -16,11 +16,13 @@ from agentfleet.backends.kubernetes.objects import Pod
 from agentfleet.backends.kubernetes.retry import Backoff
 from agentfleet.backends.kubernetes.sight import Sight
 from agentfleet.clock import SystemClock
-from agentfleet.errors import InstanceGone
+from agentfleet.errors import Conflict, InstanceGone
 from agentfleet.instances import Isolation, Phase
 
 _COUNTED_WITHIN = 5.0
 """Seconds that the cluster is given to count a new member: then the disruption budget allows its predecessor's end."""
+_LOOKS = 5
+"""How often a stand-in that is to end, and changes meanwhile, is looked at."""
 
 
 class PodActions(ABC):
@@ -113,13 +115,23 @@ class PodActions(ABC):
         """End a stand-in, with its drain; one that has become a member is left alone. See `Relocating`.
 
         Raises:
-            Conflict: It has changed since it was seen.
+            Conflict: It changes all the time, so that none of its versions that are seen is the present one.
             BackendError: As `Connection.request`.
         """
-        pod = self._pod(fleet, stand_in)
-        if pod is not None and pod.metadata.labels.get(naming.STAND_IN) == "true":
-            with suppress(InstanceGone):
-                await standins.discard(self._to(fleet), pod)
+        pauses = Backoff(SystemClock(), random.Random(), initial=0.1, limit=1.0)  # noqa: S311 - jitter
+        for left in reversed(range(_LOOKS)):
+            pod = self._pod(fleet, stand_in)
+            if pod is None or pod.metadata.labels.get(naming.STAND_IN) != "true":
+                return
+            try:
+                with suppress(InstanceGone):
+                    await standins.discard(self._to(fleet), pod)
+            except Conflict:  # it was bound, say, or has begun to run, and is seen so in a moment
+                if not left:
+                    raise
+                await pauses.wait()
+            else:
+                return
 
     def _selector(self, fleet: str) -> Mapping[str, str]:
         """The labels by which the fleet's Deployment knows its pods; empty where there is none."""
