@@ -1,6 +1,8 @@
-"""What calls of a `ConfigStore` may say: keys, authors, reasons, numbers; and what is said of its errors."""
+"""What calls of a `ConfigStore` may say: keys, authors, reasons, numbers; what agents answer, and what errors tell."""
 
 from __future__ import annotations
+
+import json
 
 from agentfleet.errors import DeadlineExceeded, SpecError
 from agentfleet.units import show
@@ -46,3 +48,13 @@ def told_of(error: Exception) -> dict[str, str]:
     else:
         said = str(error)[:4000]  # our own words, such as that its records went back
     return {"error": type(error).__name__, "message": said}
+
+
+def revision_in(answer: bytes) -> int:
+    """The revision that an agent's answer says it runs; 0 if it says none."""
+    try:
+        said = json.loads(answer)
+    except (ValueError, RecursionError):
+        return 0
+    revision = said.get("revision") if isinstance(said, dict) else None
+    return revision if type(revision) is int and 0 <= revision < 2**63 else 0

@@ -9,7 +9,6 @@ been offered its configuration.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Awaitable, Callable
@@ -23,11 +22,11 @@ from agentfleet.clock import Clock
 from agentfleet.configacks import AckBook, readable
 from agentfleet.configassign import Assignment, Assignments, parcel
 from agentfleet.configstore import ConfigStore
-from agentfleet.configwords import told_of
+from agentfleet.configwords import revision_in, told_of
 from agentfleet.desk import Record
 from agentfleet.errors import BackendError, ConfigError, DeadlineExceeded, NotLeader, SpecError
 from agentfleet.instances import Instance
-from agentfleet.signals.http import HttpError, Requests, Response
+from agentfleet.signals.http import HttpError, Requests
 from agentfleet.stores.acks import ConfigAck
 from agentfleet.stores.config import ConfigRevision
 from agentfleet.stores.config_journaled import STATE
@@ -239,7 +238,6 @@ class ConfigFeed:
     def forget(self, id: str) -> None:
         """The instance is gone or leaving."""
         target = self._targets.pop(id, None)
-        self._expected.pop(id, None)
         if target is not None:
             target.nudge.set()
             self.refused.pop(id, None)
@@ -266,8 +264,7 @@ class ConfigFeed:
         """Note whether an instance is behind. None ever goes back: what it has may be newer, then it is left alone."""
         target = self._targets[id]
         if self._wanted(id) <= target.answered:
-            self._behind.discard(id)
-            self._expected.pop(id, None)
+            self._caught_up(id)
             return
         self._behind.add(id)
         if renew:
@@ -275,6 +272,10 @@ class ConfigFeed:
             self._expected.pop(id, None)
             target.nudge.set()
         self._begin(id)
+
+    def _caught_up(self, id: str) -> None:
+        self._behind.discard(id)
+        self._expected.pop(id, None)
 
     def _begin(self, id: str) -> None:
         """Have an instance that is behind brought forward: by its stream, if it has one, or else by pushes."""
@@ -333,7 +334,7 @@ class ConfigFeed:
             return False  # repeated until the instance is gone; health has its own opinion of it
         if self._targets.get(id) is not target:
             return True  # the answer is about something that is over
-        status, present = answer.status, _present(answer)
+        status, present = answer.status, revision_in(answer.body)
         if status == 200 or (status == 409 and present >= revision):
             self._acks.hear(ConfigAck(id, max(revision, present)))
         elif 400 <= status < 500 and status != 429:
@@ -372,8 +373,7 @@ class ConfigFeed:
 
     def _answered(self, id: str) -> None:
         if id in self._behind:
-            self._behind.discard(id)
-            self._expected.pop(id, None)
+            self._caught_up(id)
             self._check_done()
 
     def _stir(self) -> None:
@@ -390,16 +390,6 @@ class ConfigFeed:
             data |= {"p50_s": _quantile(spans, 0.5), "p99_s": _quantile(spans, 0.99), "last_s": round(spans[-1], 4)}
         self._record("config.delivered", data=data)
         self._published_at = None
-
-
-def _present(answer: Response) -> int:
-    """The revision that an agent's answer says it runs; 0 if it says none."""
-    try:
-        said = json.loads(answer.body)
-    except (ValueError, RecursionError):
-        return 0
-    revision = said.get("revision") if isinstance(said, dict) else None
-    return revision if type(revision) is int and 0 <= revision < 2**63 else 0
 
 
 def _quantile(ordered: list[float], share: float) -> float:

@@ -167,7 +167,7 @@ class Managed:
         until = self._clock.now() + seconds
         while (left := until - self._clock.now()) > 0:
             await self._clock.sleep(min(_GLANCE, left))
-            with suppress(*_AWAY):
+            with suppress(*_AWAY), anyio.move_on_after(max(_GLANCE, left)):  # the store may take longer
                 if await self._records.epoch(self.record.id) > self._epoch:
                     return
 

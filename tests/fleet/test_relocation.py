@@ -191,28 +191,16 @@ async def test_where_no_other_node_has_room(asked: bool) -> None:
         assert (victim.id in fleet.view.members) is asked
 
 
+@pytest.mark.parametrize(("crash_after", "why"), [(None, "elsewhere.late"), (1.0, "elsewhere.broken")])
 @virtual
-async def test_a_stand_in_that_is_not_ready_in_time() -> None:
+async def test_a_stand_in_that_does_not_become_ready(crash_after: float | None, why: str) -> None:
     place = Place(rollout=RolloutPolicy(progress_deadline=100.0))
     async with place.deployed() as fleet:
-        sick = fleet.instances[0].id
-        place.cluster.behave(version="1", never_ready=True)
-        place.cluster.faults.hang(sick)
-        await until(lambda: bool(place.events("elsewhere.failed")))
-        place.cluster.behave(version="1")
-        assert place.codes("elsewhere.failed") == ["elsewhere.late"]
-        await whole(place, fleet)
-
-
-@virtual
-async def test_a_stand_in_that_crashes() -> None:
-    place = Place()
-    async with place.deployed() as fleet:
-        place.cluster.behave(version="1", never_ready=True, crash_after=1.0)
+        place.cluster.behave(version="1", never_ready=True, crash_after=crash_after)
         place.cluster.faults.hang(fleet.instances[0].id)
         await until(lambda: bool(place.events("elsewhere.failed")))
         place.cluster.behave(version="1")
-        assert place.codes("elsewhere.failed") == ["elsewhere.broken"]
+        assert place.codes("elsewhere.failed") == [why]
         await whole(place, fleet)
 
 

@@ -9,7 +9,6 @@ but a kubelet puts its own word back at any moment within 10 s, and then others 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing, suppress
@@ -19,12 +18,11 @@ import anyio
 import msgspec
 
 from agentfleet.backends.kubernetes import naming, singles
-from agentfleet.backends.kubernetes.connection import MERGE_PATCH, Requests
-from agentfleet.backends.kubernetes.errors import Invalid
+from agentfleet.backends.kubernetes.connection import Requests
 from agentfleet.backends.kubernetes.informer import Informer
 from agentfleet.backends.kubernetes.informer_cache import Snapshot, key_of
 from agentfleet.backends.kubernetes.objects import Meta, Pod
-from agentfleet.backends.kubernetes.resources import PODS, decode, version_of
+from agentfleet.backends.kubernetes.resources import decode, version_of
 from agentfleet.errors import AgentFleetError, InstanceGone
 
 _AT_ONCE = 16
@@ -173,17 +171,7 @@ async def mark_one(connection: Requests, pod: Pod, *, taken_back: bool = False) 
     """Mark one pod; returns the resource version that this made, None when there is no such pod any more."""
     cost = {"controller.kubernetes.io/pod-deletion-cost": None if taken_back else _COST}
     try:
-        answer = await connection.request(
-            "PATCH",
-            PODS.path(pod.metadata.namespace, pod.metadata.name),
-            query={"fieldManager": naming.MANAGER},
-            body=json.dumps({"metadata": {"uid": pod.metadata.uid, "annotations": cost}}).encode(),
-            content_type=MERGE_PATCH,
-        )
+        answer = await singles.relabel(connection, pod, {"annotations": cost})
     except InstanceGone:
-        return None
-    except Invalid as error:
-        if "metadata.uid" not in error.fields:  # so the server says, too, that another has its name
-            raise
         return None
     return version_of(decode(msgspec.json.Decoder(_Answer).decode, answer, "the answer to a mark").metadata)

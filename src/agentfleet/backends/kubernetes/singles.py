@@ -71,13 +71,23 @@ async def isolate(connection: Requests, pod: Pod, selector: Mapping[str, str], i
     notes = {naming.ISOLATED_SINCE: _text(isolation.since), naming.ISOLATED_REASON: isolation.reason}
     if isolation.until is not None:
         notes[naming.ISOLATED_UNTIL] = _text(isolation.until)
-    meta = {"uid": pod.metadata.uid, "labels": {**labels, naming.ISOLATED: "true"}, "annotations": notes}
+    meta = {"labels": {**labels, naming.ISOLATED: "true"}, "annotations": notes}
+    await relabel(connection, pod, meta)
+
+
+async def relabel(connection: Requests, pod: Pod, metadata: Mapping[str, Any]) -> bytes:
+    """Change what a pod's metadata says, by a merge patch, if it still is that pod; returns the answer.
+
+    Raises:
+        InstanceGone: There is no such pod, or another has its name now.
+        BackendError: As `Connection.request`.
+    """
     try:
-        await connection.request(
+        return await connection.request(
             "PATCH",
             PODS.path(pod.metadata.namespace, pod.metadata.name),
             query={"fieldManager": naming.MANAGER},
-            body=json.dumps({"metadata": meta}).encode(),
+            body=json.dumps({"metadata": {"uid": pod.metadata.uid, **metadata}}).encode(),
             content_type=MERGE_PATCH,
         )
     except Invalid as error:

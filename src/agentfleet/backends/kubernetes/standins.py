@@ -17,12 +17,12 @@ import msgspec
 
 from agentfleet.backends.kubernetes import naming
 from agentfleet.backends.kubernetes.affinity import away_from
-from agentfleet.backends.kubernetes.connection import MERGE_PATCH, Requests
-from agentfleet.backends.kubernetes.errors import Invalid
+from agentfleet.backends.kubernetes.connection import Requests
 from agentfleet.backends.kubernetes.informer import Informer
 from agentfleet.backends.kubernetes.marking import FIRST_WITH_COST, mark_one
 from agentfleet.backends.kubernetes.objects import Meta, Owner, Pod
 from agentfleet.backends.kubernetes.resources import PODS, REPLICA_SETS, decode
+from agentfleet.backends.kubernetes.singles import relabel
 from agentfleet.errors import BackendRefused, InstanceGone
 
 _LETTERS = "bcdfghjklmnpqrstvwxz2456789"
@@ -217,23 +217,11 @@ async def _take_place(connection: Requests, pod: Pod, stand_in: Pod, selector: M
         "controller": True,
     }
     meta = {
-        "uid": stand_in.metadata.uid,
         "labels": {**labels, naming.STAND_IN: None},
         "annotations": {naming.STANDS_IN_FOR: None, naming.STANDS_IN_UID: None},
         "ownerReferences": [controller],
     }
-    try:
-        await connection.request(
-            "PATCH",
-            PODS.path(stand_in.metadata.namespace, stand_in.metadata.name),
-            query={"fieldManager": naming.MANAGER},
-            body=json.dumps({"metadata": meta}).encode(),
-            content_type=MERGE_PATCH,
-        )
-    except Invalid as error:
-        if "metadata.uid" not in error.fields:  # so the server says, too, that another has its name
-            raise
-        raise InstanceGone(f"another pod has the name {stand_in.metadata.name} now") from error
+    await relabel(connection, stand_in, meta)
 
 
 async def discard(connection: Requests, stand_in: Pod) -> None:
